@@ -1,0 +1,65 @@
+"""Rotary position embedding: pairs of channels turned by position times frequency.
+
+Shapes: B batch, T tokens, H heads, K head dim (even), pairs K/2. Angles, cos and sin are fp32.
+Layouts: "interleaved" turns channels (2j, 2j+1), frequencies theta ** -linspace(0, 1, K/2), as YOCO does;
+         "half_split" turns channels (j, j + K/2), frequencies theta ** -(2j/K), as LLaMA checkpoints of Hugging Face do.
+Source: YOCO, arXiv 2405.05254, and its released code; RoFormer, arXiv 2104.09864.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("interleaved", "half_split")
+
+
+def rotary_frequencies(head_dim: int, theta: float, layout: str) -> Tensor:
+    """(K/2,) fp32 radians per position. Raises ValueError for an odd head_dim, theta <= 0 or an unknown layout."""
+    _check_layout(layout)
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"rotary pairs the channels of a head: head_dim must be even, got {head_dim}")
+    if theta <= 0:
+        raise ValueError(f"rope theta must be positive, got {theta}")
+    pairs = head_dim // 2
+    if layout == "interleaved":
+        exponent = torch.linspace(0, 1, pairs, dtype=torch.float64)
+    else:
+        exponent = torch.arange(pairs, dtype=torch.float64) / pairs
+    return (theta**-exponent).float()
+
+
+def rotary_table(index: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each index.shape + (K/2,) fp32, of the angles index * frequencies.
+
+    index counts tokens from the start of the sequence (any integer dtype); the product is formed in fp32.
+    """
+    angle = index.to(torch.float32)[..., None] * frequencies.to(device=index.device, dtype=torch.float32)
+    return angle.cos(), angle.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Turn every pair of channels of x (B, T, H, K) by its angle; cos and sin are (T, K/2) or (B, T, K/2).
+
+    Returns x's dtype; the arithmetic is fp32 (float64 for float64 x). Differentiable in x only.
+    Raises ValueError for tables that do not fit x.
+    """
+    _check_layout(layout)
+    B, T, _, K = x.shape
+    if cos.shape != sin.shape or cos.shape not in ((T, K // 2), (1, T, K // 2), (B, T, K // 2)):
+        raise ValueError(
+            f"x (B, T, H, K) {tuple(x.shape)} needs cos and sin of (T, K/2) or (B, T, K/2),"
+            f" got {tuple(cos.shape)}, {tuple(sin.shape)}"
+        )
+    if layout == "interleaved":
+        a, b = x[..., 0::2], x[..., 1::2]
+    else:
+        a, b = x.chunk(2, -1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    y = (a * cos - b * sin, a * sin + b * cos)
+    return (torch.stack(y, -1).flatten(-2) if layout == "interleaved" else torch.cat(y, -1)).to(x.dtype)
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown rotary layout {layout!r}, expected one of {', '.join(LAYOUTS)}")

@@ -1,0 +1,146 @@
+"""Every path of causal attention against the dense twin, in float64 with all gradients, and its memory."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megayoco.ops import attention
+from megayoco.ops.attention import causal_attention, causal_attention_naive
+
+# T, S, H, G, window, documents: lengths of the packed documents over all S keys, one list per batch entry
+CASES = [
+    (1, 1, 1, 1, None, None),
+    (1, 37, 4, 2, None, None),
+    (63, 63, 4, 1, None, None),
+    (64, 64, 2, 2, None, None),
+    (300, 300, 4, 2, None, None),
+    (1, 2, 2, 1, None, None),
+    (33, 100, 4, 2, None, None),
+    (130, 131, 4, 1, None, None),
+    (64, 700, 2, 2, None, None),
+    (1, 1, 2, 1, 1, None),
+    (5, 5, 2, 1, 1, None),
+    (1, 37, 4, 2, 8, None),
+    (1, 37, 4, 2, 1, None),
+    (300, 300, 4, 2, 7, None),
+    (300, 300, 4, 2, 150, None),
+    (256, 256, 2, 2, 128, None),
+    (300, 300, 2, 1, 299, None),
+    (300, 300, 2, 1, 300, None),
+    (40, 40, 2, 1, 999, None),
+    (150, 600, 4, 1, 33, None),
+    (20, 600, 4, 2, 333, None),
+    (257, 385, 2, 1, 128, None),
+    (9, 9, 2, 1, None, [[9], [1, 8]]),
+    (300, 300, 4, 2, None, [[128, 1, 127, 44], [100, 200]]),
+    (150, 400, 4, 1, None, [[250, 150], [100, 278, 22]]),
+    (1, 50, 4, 2, None, [[50], [20, 30]]),
+    (1, 50, 4, 2, 7, [[50], [49, 1]]),
+    (300, 300, 4, 2, 16, [[128, 1, 127, 44], [100, 200]]),
+    (300, 300, 2, 1, 1, [[300], [299, 1]]),
+    (150, 400, 4, 1, 140, [[250, 150], [100, 278, 22]]),
+]
+
+
+def name(case):
+    T, S, H, G, window, documents = case
+    return f"T{T}-S{S}-heads{H}/{G}-" + (f"W{window}" if window else "full") + ("-documents" if documents else "")
+
+
+def first_keys(documents, T):
+    rows = [torch.cat([torch.full((n,), sum(row[:i])) for i, n in enumerate(row)])[-T:] for row in documents]
+    return torch.stack(rows)
+
+
+def random_inputs(B, T, S, H, G, K, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K), (B, T, H, K)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def output_and_gradients(form, inputs, **options):
+    *leaves, dout = [x.clone().requires_grad_() for x in inputs]
+    out = form(*leaves, **options)
+    return [out, *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_output_and_gradients_equal_the_twin(case):
+    T, S, H, G, window, documents = case
+    inputs = random_inputs(2, T, S, H, G, 8)
+    options = dict(scale=0.3, window=window, first_key=first_keys(documents, T) if documents else None)
+    expected = output_and_gradients(causal_attention_naive, inputs, **options)
+    got = output_and_gradients(causal_attention, inputs, **options)
+    for what, a, b in zip("out dq dk dv".split(), expected, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-11, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_bf16_is_as_near_as_its_rounding(case):
+    T, S, H, G, window, documents = case
+    inputs = random_inputs(2, T, S, H, G, 16, torch.bfloat16)
+    options = dict(scale=0.25, window=window, first_key=first_keys(documents, T) if documents else None)
+    expected = output_and_gradients(causal_attention_naive, [x.double() for x in inputs], **options)
+    got = output_and_gradients(causal_attention, inputs, **options)
+    for what, a, b in zip("out dq dk dv".split(), expected, got, strict=True):
+        assert b.dtype == torch.bfloat16
+        error = (b.double() - a).norm() / a.norm().clamp(min=1e-3)
+        assert error < 1e-2, f"{what}: relative error {error:.2e}"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any operator returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("T", [512, 1024])
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("documents", [None, [[1000, 24]]])
+def test_nothing_of_queries_times_keys_is_allocated(T, window, documents):
+    S, H, G, K = 1024, 2, 1, 8
+    inputs = random_inputs(1, T, S, H, G, K, torch.float32)
+    options = dict(scale=0.3, window=window, first_key=first_keys(documents, T) if documents else None)
+    with LargestTensor() as largest:
+        output_and_gradients(causal_attention, inputs, **options)
+    block = attention.MASKED_BLOCK
+    limit = block * S if documents and not window else max(S * H * K, block * (block + 64))
+    assert largest.numel <= limit < T * S
+
+
+def test_a_window_reads_only_the_keys_it_needs():
+    q, k, v, _ = random_inputs(1, 5, 100, 2, 1, 8)
+    k[:, : 100 - (5 + 8 - 1)] = torch.nan
+    v[:, : 100 - (5 + 8 - 1)] = torch.nan
+    assert causal_attention(q, k, v, scale=1.0, window=8).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=(2, 4, 2, 8), v=(2, 4, 2, 8)), "1 <= T <= S"),
+        (dict(k=(2, 9, 3, 8), v=(2, 9, 3, 8)), "4 query heads cannot share 3"),
+        (dict(v=(2, 8, 2, 8)), "k and v are"),
+        (dict(q=(2, 5, 4)), "q is"),
+        (dict(k=(1, 9, 2, 8), v=(1, 9, 2, 8)), "batch and head dim"),
+        (dict(k=(2, 9, 2, 6), v=(2, 9, 2, 6)), "batch and head dim"),
+        (dict(window=0), "at least 1"),
+        (dict(first_key=torch.zeros(2, 9, dtype=torch.int64)), "first_key must be int64"),
+        (dict(first_key=torch.zeros(2, 5, dtype=torch.int32)), "first_key must be int64"),
+        (dict(dtype=torch.float64), "one floating-point dtype"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_does_not_fit_is_refused(change, message):
+    q = torch.zeros(change.get("q", (2, 5, 4, 8)), dtype=change.get("dtype"))
+    k = torch.zeros(change.get("k", (2, 9, 2, 8)))
+    v = torch.zeros(change.get("v", (2, 9, 2, 8)))
+    with pytest.raises(ValueError, match=message):
+        causal_attention(q, k, v, scale=1.0, window=change.get("window"), first_key=change.get("first_key"))
