@@ -1,0 +1,34 @@
+"""The run as typed dataclasses: model, parallel, data, phases, optimizer; YAML files with dotted overrides."""
+
+from megayoco.config.data import Blend, DataConfig, DataSource, PhaseDataConfig, blend_sources
+from megayoco.config.loader import load_config, model_config_from_dict, model_config_to_dict, save_config
+from megayoco.config.model import ModelConfig
+from megayoco.config.parallel import ParallelConfig
+from megayoco.config.run import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    RunConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "Blend",
+    "CheckpointConfig",
+    "DataConfig",
+    "DataSource",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PhaseConfig",
+    "PhaseDataConfig",
+    "RunConfig",
+    "ValidationConfig",
+    "blend_sources",
+    "load_config",
+    "model_config_from_dict",
+    "model_config_to_dict",
+    "save_config",
+]

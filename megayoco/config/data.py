@@ -1,0 +1,149 @@
+"""Which indexed files a run reads, and in which proportions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import field_validator
+from pydantic.dataclasses import dataclass
+
+from megayoco.config.base import SECTION, PositiveFloat, PositiveInt, refuse
+
+GRAMMAR = (
+    "must be a dataset prefix, a list of prefixes, a list of weight, prefix, weight, prefix, ...,"
+    " or a list of {prefix: ..., weight: ...}"
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class DataSource:
+    """One dataset of a blend."""
+
+    prefix: str
+    """Path of the indexed dataset without `.bin` and `.idx`."""
+
+    weight: PositiveFloat = 1.0
+    """Share of the samples that come from this dataset, relative to the others."""
+
+
+Blend = str | list[str | float | DataSource]
+
+
+def _check_blend(field: str, value: Any) -> Any:
+    """Accept what `GRAMMAR` says (mappings become DataSource), refuse the rest with one message instead of a union's."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if not isinstance(value, list) or not value:
+        refuse(field, f"{GRAMMAR}; got {value!r}")
+    if all(isinstance(item, dict | DataSource) for item in value):
+        for item in value:
+            known = isinstance(item, DataSource) or (set(item) in ({"prefix"}, {"prefix", "weight"}))
+            if not known or (isinstance(item, dict) and not _is_weight(item.get("weight", 1.0))):
+                refuse(field, f"{GRAMMAR}; got the entry {item!r}")
+        return [item if isinstance(item, DataSource) else DataSource(**item) for item in value]
+    if all(isinstance(item, str) for item in value):
+        return value
+    pairs = list(zip(value[::2], value[1::2], strict=False))
+    if len(value) % 2 or not all(_is_weight(weight) and isinstance(prefix, str) for weight, prefix in pairs):
+        refuse(field, f"{GRAMMAR}; got {value!r}")
+    return value
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def blend_sources(blend: Blend) -> list[DataSource]:
+    """The blend as a list of datasets with weights; datasets without a weight weigh 1."""
+    if isinstance(blend, str):
+        return [DataSource(prefix=blend)]
+    if any(isinstance(item, int | float) for item in blend):
+        pairs = zip(blend[::2], blend[1::2], strict=True)
+        return [DataSource(prefix=str(prefix), weight=float(weight)) for weight, prefix in pairs]  # type: ignore[arg-type]
+    return [item if isinstance(item, DataSource) else DataSource(prefix=str(item)) for item in blend]
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class DataConfig:
+    """What is read. Blends follow Megatron's grammar: PREFIX, [PREFIX, ...], [WEIGHT, PREFIX, WEIGHT, PREFIX, ...]."""
+
+    train: Blend
+    """Training data: a blend of dataset prefixes, or a list of {prefix, weight}."""
+
+    valid: Blend | None = None
+    """Validation data, a blend as in `train`. Absent: the part of `train` that `split` sets aside."""
+
+    split: str = "99,1,0"
+    """Parts of the training data for training, validation and test; used only while `valid` is absent."""
+
+    tokenizer_type: str | None = None
+    """Kind of tokenizer, for example TiktokenTokenizer. Default: the one that PREFIX.meta.json names."""
+
+    tokenizer_model: str | None = None
+    """File or name of the tokenizer's vocabulary. Default: the one that PREFIX.meta.json names."""
+
+    document_mask: bool = False
+    """Whether attention and retention state stop at document borders within a sample."""
+
+    cache_dir: str | None = None
+    """Directory of the sample indices that are computed once per dataset. Default: beside the run."""
+
+    workers: PositiveInt = 1
+    """Loader threads or processes of each rank."""
+
+    @field_validator("train", "valid", mode="before")
+    @classmethod
+    def _blend(cls, value: Any, info: Any) -> Any:
+        return _check_blend(info.field_name, value)
+
+    @field_validator("split")
+    @classmethod
+    def _split(cls, value: str) -> str:
+        return check_split(value)
+
+    def split_fractions(self) -> tuple[float, float, float]:
+        """`split` as fractions of one: training, validation, test."""
+        return _fractions(self.split)
+
+    def train_sources(self) -> list[DataSource]:
+        """`train` as a list of datasets with weights."""
+        return blend_sources(self.train)
+
+    def valid_sources(self) -> list[DataSource] | None:
+        """`valid` as a list of datasets with weights; None if `split` decides."""
+        return None if self.valid is None else blend_sources(self.valid)
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class PhaseDataConfig:
+    """What a phase reads instead of the run's data; what is absent stays as it is there."""
+
+    train: Blend | None = None
+    """Training data of this phase, a blend as in `data.train`."""
+
+    valid: Blend | None = None
+    """Validation data of this phase, a blend as in `data.train`."""
+
+    document_mask: bool | None = None
+    """Whether attention and retention state stop at document borders within a sample of this phase."""
+
+    @field_validator("train", "valid", mode="before")
+    @classmethod
+    def _blend(cls, value: Any, info: Any) -> Any:
+        return _check_blend(info.field_name, value)
+
+
+def check_split(value: str) -> str:
+    """Return `value` if it is three parts such as 99,1,0 with something to train on, else refuse it."""
+    try:
+        parts: Sequence[float] = [float(part) for part in value.split(",")]
+    except ValueError:
+        parts = []
+    if len(parts) != 3 or min(parts) < 0 or not 0 < parts[0] < float("inf"):
+        refuse("split", f"must be three parts for training, validation and test such as 99,1,0, got {value!r}")
+    return value
+
+
+def _fractions(split: str) -> tuple[float, float, float]:
+    train, valid, test = (float(part) for part in split.split(","))
+    total = train + valid + test
+    return train / total, valid / total, test / total

@@ -1,0 +1,65 @@
+"""How one model is spread over processes."""
+
+from pydantic.dataclasses import dataclass
+
+from megayoco.config.base import SECTION, PositiveInt
+from megayoco.config.model import ModelConfig
+from megayoco.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class ParallelConfig:
+    """How one model is spread over processes: world size = pipeline x data x sequence x tensor."""
+
+    tensor: PositiveInt = 1
+    """Ranks that share the heads and feed-forward columns of every layer; divides `model.heads`."""
+
+    pipeline: PositiveInt = 1
+    """Stages that the stack of layers is cut into."""
+
+    sequence: PositiveInt = 1
+    """Ranks that share every sequence; more than 1 arrives with a later release."""
+
+    bands: PositiveInt = 1
+    """Chunks per rank that a sequence is cut into: more bands, less activation memory; 1 keeps it whole, and more
+    arrive with a later release."""
+
+    activation_checkpointing: bool = False
+    """Keep only the input of each block, and compute the rest again in the backward pass."""
+
+    def data(self, world_size: int) -> int:
+        """Data-parallel replicas that the other axes leave over. Raises UserError if they do not divide."""
+        ranks = self.pipeline * self.sequence * self.tensor
+        if world_size % ranks:
+            raise UserError(
+                f"{world_size} processes cannot be split into pipeline {self.pipeline} x sequence {self.sequence}"
+                f" x tensor {self.tensor} = {ranks}. Start a multiple of {ranks}, or change one of the three."
+            )
+        return world_size // ranks
+
+    def validate(self, model: ModelConfig, world_size: int) -> None:
+        """Raise UserError unless `model` can be cut this way over `world_size` processes."""
+        for name, size in (("sequence", self.sequence), ("bands", self.bands)):
+            if size > 1:
+                raise UserError(f"parallel.{name} is {size}: more than 1 arrives with a later release. Set it to 1.")
+        self.data(world_size)
+        cut = {"heads": model.heads, "hidden_dim": model.hidden_dim, "vocab_size": model.vocab_size}
+        if model.pattern == "yoco":
+            cut["self_heads"] = model.num_self_heads
+        for name, size in cut.items():
+            if size % self.tensor:
+                raise UserError(
+                    f"model.{name} {size} cannot be split over parallel.tensor {self.tensor}: {size} / {self.tensor}"
+                    f" leaves {size % self.tensor}. Change one of the two."
+                )
+        kv_heads = model.num_kv_heads
+        if kv_heads % self.tensor and self.tensor % kv_heads:
+            raise UserError(
+                f"model.kv_heads {kv_heads} can be neither split over nor replicated on parallel.tensor {self.tensor}:"
+                " one must divide the other. Change one of the two."
+            )
+        if self.pipeline > model.layers:
+            raise UserError(
+                f"parallel.pipeline {self.pipeline} needs a layer for each stage, model.layers is {model.layers}."
+                " Use fewer stages."
+            )

@@ -1,0 +1,234 @@
+"""A run as typed sections: phases, optimizer, validation, checkpoints, logging, and all of them together."""
+
+import dataclasses
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from megayoco.config.base import (
+    SECTION,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    refuse,
+)
+from megayoco.config.data import DataConfig, PhaseDataConfig
+from megayoco.config.model import ModelConfig
+from megayoco.config.parallel import ParallelConfig
+from megayoco.errors import UserError
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class OptimizerConfig:
+    """AdamW. Weight decay applies to matrices only, never to the weights of norms."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second running mean."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Share of a weight that is taken off per step and unit of learning rate."""
+
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class PhaseConfig:
+    """A stretch of training with one sequence length, one batch size and one learning-rate schedule."""
+
+    name: str | None = None
+    """What the phase is called in logs. Default: its number."""
+
+    sequence_length: PositiveInt
+    """Tokens per sample."""
+
+    steps: PositiveInt | None = None
+    """Length of the phase in optimizer steps. Give this or `tokens`."""
+
+    tokens: PositiveInt | None = None
+    """Length of the phase in tokens, rounded up to whole steps. Give this or `steps`."""
+
+    batch_size: PositiveInt
+    """Sequences per optimizer step, over all processes together."""
+
+    micro_batch_size: PositiveInt = 1
+    """Sequences that one data-parallel replica takes through the model at once."""
+
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+
+    min_learning_rate: NonNegativeFloat = 0.0
+    """Learning rate at the end of the schedule; not used by `constant`."""
+
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Course after the warm-up, down to `min_learning_rate` at the end of the phase. `wsd` holds the peak first and
+    falls linearly over the last `decay_steps`."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear rise from 0 to the peak. In a shorter phase the peak is not reached."""
+
+    warmup_tokens: PositiveInt | None = None
+    """The warm-up in tokens, rounded up to whole steps, in place of `warmup_steps`."""
+
+    decay_steps: PositiveInt | None = None
+    """Steps of the final fall of `wsd`. `wsd` requires this or `decay_tokens`."""
+
+    decay_tokens: PositiveInt | None = None
+    """The final fall of `wsd` in tokens, rounded up to whole steps."""
+
+    rope_theta: PositiveFloat | None = None
+    """Base of the rotary embedding from this phase on. Default: `model.rope_theta`."""
+
+    data: PhaseDataConfig | None = None
+    """Data of this phase where it differs from the run's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PhaseConfig":
+        if (self.steps is None) == (self.tokens is None):
+            refuse("steps", "or tokens says how long the phase is: give exactly one of them")
+        if self.warmup_steps and self.warmup_tokens is not None:
+            refuse("warmup_tokens", "and warmup_steps say the same: give one of them")
+        if self.decay_steps is not None and self.decay_tokens is not None:
+            refuse("decay_tokens", "and decay_steps say the same: give one of them")
+        decay = "decay_steps" if self.decay_tokens is None else "decay_tokens"
+        if self.schedule == "wsd":
+            if self.num_decay_steps == 0:
+                refuse("decay_steps", "or decay_tokens is required by schedule wsd")
+            if self.num_warmup_steps + self.num_decay_steps > self.num_steps:
+                refuse(
+                    decay,
+                    f"is too large: warm-up of {self.num_warmup_steps} and fall of {self.num_decay_steps} steps"
+                    f" do not fit into a phase of {self.num_steps} steps",
+                )
+        elif self.num_decay_steps:
+            refuse(decay, f"is used only by schedule wsd, not by {self.schedule}: leave it out")
+        if self.min_learning_rate > self.learning_rate:
+            refuse("min_learning_rate", f"must not exceed learning_rate {self.learning_rate}")
+        if self.batch_size % self.micro_batch_size:
+            refuse("batch_size", f"{self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all processes together."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the phase."""
+        return self._steps(self.steps, self.tokens)
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of the warm-up."""
+        return self._steps(self.warmup_steps, self.warmup_tokens)
+
+    @property
+    def num_decay_steps(self) -> int:
+        """Steps of the final fall of `wsd`; 0 if none is given."""
+        return self._steps(self.decay_steps, self.decay_tokens)
+
+    def micro_batches(self, data_parallel: int) -> int:
+        """Micro-batches per step of each of `data_parallel` replicas. Raises UserError if they do not divide."""
+        at_once = self.micro_batch_size * data_parallel
+        if self.batch_size % at_once:
+            raise UserError(
+                f"batch_size {self.batch_size} cannot be split into micro_batch_size {self.micro_batch_size}"
+                f" x {data_parallel} data-parallel replicas = {at_once}. Make batch_size a multiple of {at_once}."
+            )
+        return self.batch_size // at_once
+
+    def _steps(self, steps: int | None, tokens: int | None) -> int:
+        return (steps or 0) if tokens is None else math.ceil(tokens / self.tokens_per_step)
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class ValidationConfig:
+    """When the validation loss is computed, and on how much."""
+
+    interval: NonNegativeInt = 0
+    """Steps between two validations; 0 validates only at the end of each phase, if there is validation data."""
+
+    batches: PositiveInt = 8
+    """Batches of `batch_size` sequences that the loss is averaged over."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    interval: NonNegativeInt = 0
+    """Steps between two checkpoints; 0 saves only at the end."""
+
+    export: Literal["end", "every", "never"] = "end"
+    """When weights are also written to one safetensors file: at the `end`, with `every` checkpoint, or `never`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class LoggingConfig:
+    """What is reported."""
+
+    interval: PositiveInt = 10
+    """Steps between two lines on the console."""
+
+    tensorboard: bool = True
+    """Write TensorBoard files."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    """The shape of the model."""
+
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    """How the model is spread over processes."""
+
+    data: DataConfig
+    """What is read."""
+
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """How weights are updated."""
+
+    phases: Annotated[list[PhaseConfig], Field(min_length=1)]
+    """What happens in which order."""
+
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    """When the validation loss is computed."""
+
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """When the run is saved."""
+
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    """What is reported."""
+
+    output_dir: Annotated[str, Field(min_length=1)]
+    """Directory of the run: config, metrics, checkpoints."""
+
+    seed: NonNegativeInt = 1234
+    """Number that initial weights and the order of the data follow from."""
+
+    def phase_data(self, phase: int) -> DataConfig:
+        """The data of phase number `phase`: the run's, with what the phase replaces."""
+        override = self.phases[phase].data
+        if override is None:
+            return self.data
+        changes = {key: value for key, value in vars(override).items() if value is not None and key in _PHASE_DATA}
+        return dataclasses.replace(self.data, **changes)
+
+    def phase_rope_theta(self, phase: int) -> float:
+        """Rotary base of phase number `phase`."""
+        own = self.phases[phase].rope_theta
+        return self.model.rope_theta if own is None else own
+
+
+_PHASE_DATA = {field.name for field in dataclasses.fields(PhaseDataConfig)}
