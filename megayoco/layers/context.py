@@ -1,0 +1,94 @@
+"""What a mixer is told about its chunk and remembers of everything before it.
+
+Every mixer is `forward(x, positions, left) -> (y, right)`. Contexts are plain tuples of tensors, passed as arguments
+through every call, checkpoint and stage: never kept on a module.
+
+Shapes: B batch, T tokens of the chunk, S tokens remembered, g key-value heads of this tensor rank, K head dim, W window.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megayoco.ops.rotary import rotary_frequencies, rotary_table
+
+
+class KeyValues(NamedTuple):
+    """Keys (rotated) and values (B, S, g, K) of the tokens so far; of the last W-1 where a window bounds them.
+
+    A monoid: `combine` puts the right operand's tokens after the left one's (a window then keeps the `last` W-1);
+    S = 0 is the empty element.
+    """
+
+    key: Tensor
+    value: Tensor
+
+    @staticmethod
+    def empty(batch_size: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
+        """No token remembered."""
+        shape = (batch_size, 0, heads, head_dim)
+        return KeyValues(
+            torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+        )
+
+    def combine(self, right: KeyValues) -> KeyValues:
+        """These tokens, then `right`'s."""
+        if self.key.shape[1] == 0:
+            return right
+        return KeyValues(torch.cat([self.key, right.key], 1), torch.cat([self.value, right.value], 1))
+
+    def last(self, count: int) -> KeyValues:
+        """The last `count` tokens, or all where there are fewer."""
+        first = max(self.key.shape[1] - count, 0)
+        return KeyValues(self.key[:, first:], self.value[:, first:])
+
+
+class Positions:
+    """Where the tokens of a chunk stand: their global indices and, in packed data, where their documents began.
+
+    Args:
+        index: (T,) or (B, T) int64, consecutive along T.
+        start: (B, T) int64, global index of the first token of each token's document. None: no borders, everything to
+            the left is visible.
+    """
+
+    def __init__(self, index: Tensor, start: Tensor | None = None) -> None:
+        if start is not None and start.shape[-1] != index.shape[-1]:
+            raise ValueError(f"document starts {tuple(start.shape)} do not match positions {tuple(index.shape)}")
+        self.index = index
+        self.start = start
+        # rotary tables depend on index alone; every layer of one kind asks for the same one
+        self._tables: dict[tuple[int, float, str], tuple[Tensor, Tensor]] = {}
+
+    @staticmethod
+    def of_chunk(offset: int, length: int, device: torch.device, start: Tensor | None = None) -> Positions:
+        """`length` tokens from global index `offset`."""
+        return Positions(torch.arange(offset, offset + length, device=device), start)
+
+    def rotary(self, head_dim: int, theta: float, layout: str) -> tuple[Tensor, Tensor]:
+        """cos and sin, each index.shape + (K/2,) in fp32, for one rotary base and layout."""
+        key = (head_dim, theta, layout)
+        if key not in self._tables:
+            frequencies = rotary_frequencies(head_dim, theta, layout).to(self.index.device)
+            self._tables[key] = rotary_table(self.index, frequencies)
+        return self._tables[key]
+
+    def first_visible(self, remembered: int) -> Tensor | None:
+        """(B, T) int64 >= 0: number of the earliest key of each token's document, counted from the first of the
+        `remembered` keys that precede the chunk. None without document borders."""
+        if self.start is None:
+            return None
+        return (self.start - self.index[..., :1] + remembered).clamp(min=0)
+
+    def first_in_chunk(self) -> Tensor | None:
+        """(B, T) int64: number within the chunk of the first token of each token's document; negative where the
+        document began before the chunk. None without document borders."""
+        return None if self.start is None else self.start - self.index[..., :1]
+
+    def last(self, count: int) -> Positions:
+        """The last `count` tokens."""
+        start = None if self.start is None else self.start[:, -count:]
+        return Positions(self.index[..., -count:], start)

@@ -1,0 +1,47 @@
+"""Cross attention: every layer of the cross-decoder reads the keys and values that the shared-KV layer made once.
+
+Shapes: B batch, T tokens of the chunk, S tokens so far (the chunk's included), D model dim,
+        H query heads, G key-value heads, K head dim; h and g count the heads of one tensor rank.
+Left context: KeyValues, both (B, S, g, K). An argument, never an attribute: checkpointing and pipeline stages must see
+        every tensor that carries a gradient.
+Source: YOCO, arXiv 2405.05254, "Cross-Decoder".
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megayoco.layers.context import KeyValues, Positions
+from megayoco.layers.linear import Builder, ColumnLinear, Init, RowLinear
+from megayoco.ops.attention import causal_attention
+from megayoco.ops.rotary import apply_rotary
+from megayoco.parallel.collectives import sum_gradient
+
+
+class CrossAttention(nn.Module):
+    """(x, positions, left) -> (y, right). Adds no keys of its own, so right is left."""
+
+    def __init__(
+        self, dim: int, heads: int, rope_theta: float, rotary_layout: str, name: str, init: Init, builder: Builder
+    ) -> None:
+        super().__init__()
+        self.head_dim = dim // heads
+        self.rope_theta = rope_theta
+        self.rotary_layout = rotary_layout
+        self.group = builder.group
+        self.q_proj = ColumnLinear(dim, dim, f"{name}.q_proj", init, builder)
+        self.out_proj = RowLinear(dim, dim, f"{name}.out_proj", init, builder)
+
+    def forward(self, x: Tensor, positions: Positions, left: KeyValues) -> tuple[Tensor, KeyValues]:
+        x = sum_gradient(x, self.group)
+        cos, sin = positions.rotary(self.head_dim, self.rope_theta, self.rotary_layout)
+        q_BThK = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, self.rotary_layout)
+        y_BThK = causal_attention(
+            q_BThK,
+            left.key,
+            left.value,
+            scale=self.head_dim**-0.5,
+            # the keys hold the chunk's own tokens too
+            first_key=positions.first_visible(left.key.shape[1] - x.shape[1]),
+        )
+        return self.out_proj(y_BThK.flatten(2)), left

@@ -1,0 +1,69 @@
+"""Softmax self-attention: over a sliding window (YOCO's self-decoder) or over everything (LLaMA).
+
+Shapes: B batch, T tokens of the chunk, S tokens remembered, D model dim, H query heads, G key-value heads, K head dim,
+        W window (the query itself included); h and g count the heads of one tensor rank.
+Left context: KeyValues, both (B, S, g, K), keys rotated: the last W-1 tokens with a window, else all.
+Source: YOCO, arXiv 2405.05254, section 2.2 "sliding-window attention"; LLaMA, arXiv 2302.13971.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megayoco.layers.context import KeyValues, Positions
+from megayoco.layers.linear import Builder, ColumnLinear, Init, KeyValueLinear, RowLinear
+from megayoco.ops.attention import causal_attention
+from megayoco.ops.rotary import apply_rotary
+from megayoco.parallel.collectives import sum_gradient
+
+
+class SelfAttention(nn.Module):
+    """(x, positions, left) -> (y, right) with right = left followed by the chunk's own keys and values."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        window: int | None,
+        rope_theta: float,
+        rotary_layout: str,
+        name: str,
+        init: Init,
+        builder: Builder,
+    ) -> None:
+        super().__init__()
+        self.head_dim = dim // heads
+        self.local_kv_heads = max(kv_heads // builder.ranks, 1)
+        self.window = window
+        self.rope_theta = rope_theta
+        self.rotary_layout = rotary_layout
+        self.group = builder.group
+        self.q_proj = ColumnLinear(dim, dim, f"{name}.q_proj", init, builder)
+        self.k_proj = KeyValueLinear(dim, kv_heads, self.head_dim, f"{name}.k_proj", init, builder)
+        self.v_proj = KeyValueLinear(dim, kv_heads, self.head_dim, f"{name}.v_proj", init, builder)
+        self.out_proj = RowLinear(dim, dim, f"{name}.out_proj", init, builder)
+
+    def empty_context(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
+        """The context of a sequence's first chunk."""
+        return KeyValues.empty(batch_size, self.local_kv_heads, self.head_dim, dtype, device)
+
+    def forward(self, x: Tensor, positions: Positions, left: KeyValues) -> tuple[Tensor, KeyValues]:
+        x = sum_gradient(x, self.group)
+        cos, sin = positions.rotary(self.head_dim, self.rope_theta, self.rotary_layout)
+        q_BThK = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, self.rotary_layout)
+        k_BTgK = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, self.rotary_layout)
+        v_BTgK = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        seen = left.combine(KeyValues(k_BTgK, v_BTgK))
+        y_BThK = causal_attention(
+            q_BThK,
+            seen.key,
+            seen.value,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            first_key=positions.first_visible(left.key.shape[1]),
+        )
+        right = seen if self.window is None else seen.last(self.window - 1)
+        return self.out_proj(y_BThK.flatten(2)), right
+
