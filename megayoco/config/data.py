@@ -29,7 +29,7 @@ Blend = str | list[str | float | DataSource]
 
 
 def _check_blend(field: str, value: Any) -> Any:
-    """Accept what `GRAMMAR` says (mappings become DataSource), refuse the rest with one message instead of a union's."""
+    """Accept what `GRAMMAR` says (mappings become DataSource), refuse the rest in one message."""
     if value is None or (isinstance(value, str) and value):
         return value
     if not isinstance(value, list) or not value:

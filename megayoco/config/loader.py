@@ -29,7 +29,7 @@ _FLOAT = re.compile(
 class _Loader(yaml.SafeLoader):
     """YAML with the numbers of its version 1.2: 1e-5 is a number, 010 is ten, `no` is text and 1:30 is too."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own attribute, replaced per class)
 
 
 for _tag, _pattern, _first in (
@@ -297,7 +297,7 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
 class _Dumper(yaml.SafeDumper):
     """Quotes the texts that this module's loader would read as numbers."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers: dict[str, Any] = {  # noqa: RUF012 (PyYAML's own attribute, replaced per class)
         first: [
             *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
             *_Loader.yaml_implicit_resolvers.get(first, []),

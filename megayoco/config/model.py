@@ -146,7 +146,7 @@ class ModelConfig:
         return self.pattern == "yoco"
 
     def layer_pattern(self) -> list[str]:
-        """The stack from bottom to top: `retention`, `window`, `full`, `cross`, and `shared_kv` once between the halves."""
+        """The stack from bottom to top: `retention`, `window`, `full`, `cross`; `shared_kv` once between the halves."""
         if self.pattern == "llama":
             return ["full"] * self.layers
         upper = self.layers - self.num_self_layers
