@@ -1,7 +1,7 @@
 """Gated retention: attention without softmax whose memory is one faded matrix per head.
 
 Shapes: B batch, T tokens of the chunk handed in, H heads, K key dim, V value dim (K in YOCO);
-        inside, tokens are cut into pieces of C tokens: N = B x H rows, M pieces of one group.
+        inside, tokens are cut into pieces of C tokens: M pieces of one group, N = B x H rows of a piece.
 Left context: RetentionState(state (B, H, K, V), log_decay (B, H)), fp32 or float64, decoding included: in bf16 a decay
 above 0.998 rounds to 1 and never fades.
 
@@ -16,18 +16,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Tokens of a piece. Below, the products between pieces cost more; above, the (C x C) fades do.
+# Tokens of a piece. In smaller ones the products between pieces weigh more, in larger ones the (C x C) fades.
 CHUNK_CPU = 64
 CHUNK = 256
 
-# What the temporaries of one group of pieces may take; the group's length follows from it.
-GROUP_BYTES_CPU = 16 * 2**20
+# What the temporaries of one group of pieces may take: on CPU they should stay in the cache.
+GROUP_BYTES_CPU = 4 * 2**20
 GROUP_BYTES = 512 * 2**20
-# The product that joins the pieces of a group grows with the square of their number.
-GROUP_PIECES = 32
 
 # Up to here the recurrence is faster than setting up pieces.
 RECURRENT_TOKENS = 2
@@ -98,7 +97,7 @@ def gated_retention(
     """
     _check(log_decay, chunk)
     tokens = q.shape[1]
-    if tokens <= RECURRENT_TOKENS and chunk is None:
+    if tokens == 0 or (tokens <= RECURRENT_TOKENS and chunk is None):
         return gated_retention_recurrent(q, k, v, log_decay, left, first_token=first_token)
     if chunk is None:
         chunk = CHUNK_CPU if q.device.type == "cpu" else CHUNK
@@ -173,87 +172,103 @@ def _total_log_decay(log_decay: Tensor, left: RetentionState, first_token: Tenso
 class _Group:
     """Some pieces of consecutive tokens, in GEMM layout, and every fade between them.
 
-    Shapes: N rows (one head of one sequence), M pieces, C tokens. Exponents are <= 0 wherever they are used; the others
-    are set to -inf before exp, since a mask multiplied in afterwards would give inf * 0. Decays of different documents
-    are never compared: masks come from document numbers.
+    Shapes: M pieces, N rows (one head of one sequence), C tokens. Exponents are <= 0 wherever they are used; the others
+    are set to -inf before exp, since a mask multiplied in afterwards would give inf * 0. Documents are told apart by
+    the numbers of their first tokens, never by infinite decays, whose differences are NaN.
+
+    Attributes:
+        fade: (M, N, C, C) from a key to a query of the same piece.
+        from_left: (M, N, C, 1) from the start of a piece to its tokens; 0 if their document began inside.
+        to_right: (M, N, C, 1) from a token to the end of its piece; 0 if another document begins between.
+        across: (M, N, 1, 1) from the start of a piece to its end; 0 if a document begins inside.
     """
 
     def __init__(self, log_decay: Tensor, first_token: Tensor | None, start: int, chunk: int) -> None:
         batch_size, tokens, heads = log_decay.shape
         self.chunk = chunk
-        self.pieces = M = -(-tokens // chunk)
-        padding = M * chunk - tokens
-        a_BHT = log_decay.transpose(1, 2)
-        if padding:  # tokens with key 0 and decay 1 change nothing
-            a_BHT = torch.nn.functional.pad(a_BHT, (0, padding))
-        c = a_BHT.reshape(batch_size * heads, M, chunk).cumsum(-1)
-        A = c[..., -1]
-        # b_n: log-decay from the group's start to the start of piece n; restarts with every group, so it stays small
-        b = torch.nn.functional.pad(A.cumsum(-1), (1, 0))
-        fade = c[..., :, None] - c[..., None, :]
-        joint = b[:, :, None] - b[:, None, :]
-        future = torch.ones(chunk, chunk, dtype=torch.bool, device=c.device).triu_(1)
-        later = torch.ones(M + 1, M + 1, dtype=torch.bool, device=c.device).triu_(1)
-        self.from_left, self.to_right = c.exp(), (A[..., None] - c).exp()
+        self.pieces = -(-tokens // chunk)
+        self.padding = self.pieces * chunk - tokens
+        # Below the clamp a decay is 0 after exp; its true size would only cost the cumulative sum its last digits.
+        log_decay = log_decay.clamp(min=-128 if log_decay.dtype == torch.float32 else -1024)
+        log_decay = F.pad(log_decay, (0, 0, 0, self.padding))  # tokens with key 0 and decay 1 change nothing
+        c = self._split(log_decay).permute(1, 0, 3, 2).flatten(1, 2).cumsum(-1)
+        total = c[..., -1:]
+        hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=c.device).triu_(1)
+        from_left, to_right, across = c.exp(), (total - c).exp_(), total.exp()
         if first_token is not None:
-            f = first_token - start
-            if padding:
-                f = torch.cat([f, f[:, -1:].expand(-1, padding)], 1)
             t = torch.arange(chunk, device=c.device)
+            starts = start + chunk * torch.arange(self.pieces, device=c.device)
+            last = first_token[:, -1:].expand(-1, self.padding)
             # relative to the piece, one row per head
-            f = f.view(batch_size, M, chunk) - chunk * torch.arange(M, device=c.device)[:, None]
-            f = f[:, None].expand(-1, heads, -1, -1).flatten(0, 1)
-            future = future | (t < f[..., None])
-            self.from_left = self.from_left.masked_fill(f >= 0, 0)
-            self.to_right = self.to_right.masked_fill(t < f[..., -1:], 0)
-            borders = torch.nn.functional.pad((f[..., -1] >= 0).cumsum(-1), (1, 0))
-            later = later | (borders[:, :, None] != borders[:, None, :])
-        self.fade = fade.masked_fill_(future, -torch.inf).exp_()
-        self.joint = joint.masked_fill_(later, -torch.inf).exp_()
+            first = self._split(torch.cat([first_token, last], 1)).transpose(0, 1) - starts[:, None, None]
+            first = first.repeat_interleave(heads, 1)
+            hidden = hidden | (t < first[..., None])
+            from_left.masked_fill_(first >= 0, 0)
+            to_right.masked_fill_(t < first[..., -1:], 0)
+            across.masked_fill_(first[..., -1:] >= 0, 0)
+        self.fade = (c[..., :, None] - c[..., None, :]).masked_fill_(hidden, -torch.inf).exp_()
+        self.from_left, self.to_right, self.across = from_left[..., None], to_right[..., None], across[..., None]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.pieces, self.chunk))
 
     def load(self, x: Tensor) -> Tensor:
-        """(B, T, H, K) of any float dtype -> (N, M, C, K) in the fades' dtype, zeros behind the last token."""
-        batch_size, tokens, heads, dim = x.shape
-        length = self.pieces * self.chunk
-        out = self.fade.new_empty(batch_size, heads, length, dim)
-        out[:, :, :tokens] = x.transpose(1, 2)
-        out[:, :, tokens:] = 0
-        return out.view(batch_size * heads, self.pieces, self.chunk, dim)
+        """(B, T, H, K) of any float dtype -> (M, N, C, K) in the fades' dtype, zeros behind the last token."""
+        x = self._split(F.pad(x, (0, 0, 0, 0, 0, self.padding)) if self.padding else x).permute(1, 0, 3, 2, 4)
+        return self.fade.new_empty(x.shape).copy_(x).flatten(1, 2)
 
-    @staticmethod
-    def store(x: Tensor, out: Tensor) -> None:
-        """The inverse: the real tokens of (N, M, C, K) into out (B, T, H, K)."""
-        batch_size, tokens, heads, dim = out.shape
-        out.copy_(x.view(batch_size, heads, -1, dim)[:, :, :tokens].transpose(1, 2))
+    def store(self, x: Tensor, out: Tensor) -> None:
+        """The inverse: the real tokens of (M, N, C, K) into out (B, T, H, K)."""
+        x = x.unflatten(1, (out.shape[0], out.shape[2])).permute(1, 0, 3, 2, 4)
+        if self.padding:
+            out.copy_(x.flatten(1, 2)[:, : out.shape[1]])
+        else:
+            self._split(out).copy_(x)
 
     def states(self, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
-        """(N, M + 1, K, V): the state before every piece and after the last one; state is (N, K, V)."""
-        added = (k * self.to_right[..., None]).transpose(-1, -2) @ v
-        return self._join(self.joint, torch.cat([state[:, None], added], 1))
+        """(M + 1, N, K, V): the state before every piece and after the last one; state (N, K, V) comes first."""
+        states = state.new_empty(self.pieces + 1, *state.shape)
+        states[0] = state
+        _product((k * self.to_right).transpose(-1, -2), v, out=states[1:])
+        # The only loop: one faded addition per piece, little beside the products that made its summands.
+        for n in range(self.pieces):
+            states[n + 1].addcmul_(self.across[n], states[n])
+        return states
 
-    def state_gradients(self, read: Tensor, last: Tensor) -> Tensor:
-        """The adjoint of `states`: read (N, M, K, V) enters before each piece, last (N, K, V) after all."""
-        return self._join(self.joint.transpose(-1, -2), torch.cat([read, last[:, None]], 1))
+    def state_gradients(self, q: Tensor, dy: Tensor, last: Tensor) -> Tensor:
+        """The adjoint of `states` and of reading them: (M + 1, N, K, V), whose last (N, K, V) is given."""
+        gradients = last.new_empty(self.pieces + 1, *last.shape)
+        gradients[-1] = last
+        _product((q * self.from_left).transpose(-1, -2), dy, out=gradients[:-1])
+        for n in reversed(range(self.pieces)):
+            gradients[n].addcmul_(self.across[n], gradients[n + 1])
+        return gradients
 
-    @staticmethod
-    def _join(weights: Tensor, x: Tensor) -> Tensor:
-        return (weights @ x.flatten(2)).view_as(x)
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a @ b over (M, N, ., .), into or onto `out`, without copies of what a view can say."""
+    if out is None:
+        out = a.new_empty(*a.shape[:-1], b.shape[-1])
+    rows = out.flatten(0, 1)
+    rows.baddbmm_(a.flatten(0, 1), b.flatten(0, 1), beta=1 if add else 0)
+    return out
 
 
 def _group_tokens(q: Tensor, v: Tensor, chunk: int, itemsize: int) -> int:
-    batch_size, tokens, heads, key_dim = q.shape
+    batch_size, _, heads, key_dim = q.shape
     budget = GROUP_BYTES_CPU if q.device.type == "cpu" else GROUP_BYTES
-    piece_bytes = batch_size * heads * (3 * chunk * chunk + 3 * key_dim * v.shape[-1]) * itemsize
-    return chunk * max(1, min(budget // piece_bytes, GROUP_PIECES, -(-tokens // chunk)))
+    piece_bytes = batch_size * heads * (2 * chunk * chunk + 2 * key_dim * v.shape[-1]) * itemsize
+    return chunk * max(1, budget // piece_bytes)
 
 
 class _ChunkedRetention(torch.autograd.Function):
     """(q, k, v, log_decay, state, first_token, chunk) -> (y, state), group by group of pieces.
 
     With S the states before the pieces, G their gradients and P = (q k^T) * fade inside a piece:
-        y = P v + (q * from_left) S;   S_next = exp(A) S + (k * to_right)^T v
-    The gradient of a log-decay is the sum, over everything that it fades, of value times gradient. A query's terms carry
-    +c of its token, a key's -c of its own, and the state after a piece carries the piece's total:
+        y = P v + (q * from_left) S;   S_next = across S + (k * to_right)^T v
+    Forward keeps its inputs and one state per group; backward makes the rest again. A log-decay's gradient is the sum of
+    value times gradient over all that it fades. With c the sum of log-decays inside a piece, the terms of a query carry
+    +c of its token, those of a key -c of its own, and the state after a piece carries the total:
         d log_decay_t = <S_next, G_next> + sum over i >= t of (q_i . dq_i - k_i . dk_i)
     """
 
@@ -268,20 +283,18 @@ class _ChunkedRetention(torch.autograd.Function):
         first_token: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        tokens = q.shape[1]
         size = _group_tokens(q, v, chunk, log_decay.element_size())
         y = torch.empty_like(v, dtype=q.dtype, memory_format=torch.contiguous_format)
         current, befores = state.flatten(0, 1), []
-        for start in range(0, tokens, size):
+        for start in range(0, q.shape[1], size):
             part = slice(start, start + size)
             befores.append(current)
             group = _Group(log_decay[:, part], None if first_token is None else first_token[:, part], start, chunk)
-            q_, k_, v_ = group.load(q[:, part]), group.load(k[:, part]), group.load(v[:, part])
+            q_, k_, v_ = (group.load(x[:, part]) for x in (q, k, v))
             states = group.states(k_, v_, current)
-            y_ = (q_ @ k_.transpose(-1, -2)).mul_(group.fade) @ v_
-            y_ += q_.mul_(group.from_left[..., None]) @ states[:, :-1]
-            group.store(y_, y[:, part])
-            current = states[:, -1].clone()
+            y_ = _product(_product(q_, k_.transpose(-1, -2)).mul_(group.fade), v_)
+            group.store(_product(q_.mul_(group.from_left), states[:-1], out=y_, add=True), y[:, part])
+            current = states[-1].clone()  # lets go of the others
         ctx.save_for_backward(q, k, v, log_decay, first_token, *befores)
         ctx.chunk, ctx.size = chunk, size
         return y, current.view_as(state)
@@ -290,8 +303,7 @@ class _ChunkedRetention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, first_token, *befores = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dlog_decay = torch.empty_like(log_decay)
+        outputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_decay[..., None])]
         last = dstate.flatten(0, 1)
         for index in reversed(range(len(befores))):
             part = slice(index * ctx.size, (index + 1) * ctx.size)
@@ -299,18 +311,22 @@ class _ChunkedRetention(torch.autograd.Function):
             group = _Group(log_decay[:, part], starts, part.start, ctx.chunk)
             q_, k_, v_, dy_ = (group.load(x[:, part]) for x in (q, k, v, dy))
             states = group.states(k_, v_, befores[index])
-            from_left, to_right = group.from_left[..., None], group.to_right[..., None]
-            read = (q_ * from_left).transpose(-1, -2) @ dy_
-            gradients = group.state_gradients(read, last)
-            after = gradients[:, 1:]
-            scores = (q_ @ k_.transpose(-1, -2)).mul_(group.fade)
-            dv_ = scores.transpose(-1, -2) @ dy_ + (k_ * to_right) @ after
-            dscores = (dy_ @ v_.transpose(-1, -2)).mul_(group.fade)
-            dq_ = dscores @ k_ + (dy_ @ states[:, :-1].transpose(-1, -2)).mul_(from_left)
-            dk_ = dscores.transpose(-1, -2) @ q_ + (v_ @ after.transpose(-1, -2)).mul_(to_right)
-            dc = (q_ * dq_).sum(-1) - (k_ * dk_).sum(-1)
-            da = dc.flip(-1).cumsum(-1).flip(-1) + (states[:, 1:] * after).sum((-1, -2))[..., None]
-            for x, out in ((dq_, dq), (dk_, dk), (dv_, dv), (da[..., None], dlog_decay[..., None])):
+            gradients = group.state_gradients(q_, dy_, last)
+            before, after = states[:-1], gradients[1:]
+            scores = _product(q_, k_.transpose(-1, -2)).mul_(group.fade)
+            dv_ = _product(scores.transpose(-1, -2), dy_)
+            _product(k_ * group.to_right, after, out=dv_, add=True)
+            dscores = _product(dy_, v_.transpose(-1, -2)).mul_(group.fade)
+            # the factors of rows are applied to the results: then the products read q, k, dy and v as they are
+            dq_ = _product(dy_, before.transpose(-1, -2)).mul_(group.from_left)
+            _product(dscores, k_, out=dq_, add=True)
+            dk_ = _product(v_, after.transpose(-1, -2)).mul_(group.to_right)
+            _product(dscores.transpose(-1, -2), q_, out=dk_, add=True)
+            dc = (q_.mul_(dq_).sub_(k_.mul_(dk_))).sum(-1, keepdim=True)
+            total = (states[1:] * after).sum((-1, -2), keepdim=True)
+            da = dc.flip(-2).cumsum(-2).flip(-2) + total
+            for x, out in zip((dq_, dk_, dv_, da), outputs, strict=True):
                 group.store(x, out[:, part])
-            last = gradients[:, 0]
-        return dq, dk, dv, dlog_decay, last.reshape(dstate.shape), None, None
+            last = gradients[0]
+        dq, dk, dv, dlog_decay = outputs
+        return dq, dk, dv, dlog_decay.squeeze(-1), last.reshape(dstate.shape), None, None
