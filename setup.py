@@ -11,6 +11,7 @@ REQUIRES = [
     "hjson>=3.1",
     "megatron-core>=0.16",
     "numpy>=2.0",
+    "psutil>=5.9",
     "pydantic>=2.9",
     "pyyaml>=6.0",
     "rich>=13.0",

@@ -24,13 +24,13 @@ VENV = Path(sys.prefix)
 LOG = VENV / "megayoco-install.log"
 # An environment with a later extra of this list has the earlier ones too.
 LEVELS = ("", "test", "dev")
-OPTIONAL = [  # distribution, module, what it is used for
+OPTIONAL = [  # distribution, module, what this release uses it for
     ("flash-attn", "flash_attn", "attention on GPUs"),
-    ("flash-linear-attention", "fla", "retention on GPUs"),
-    ("liger-kernel", "liger_kernel", "fused kernels on GPUs"),
-    ("mpi4py", "mpi4py", "MPI"),
-    ("faiss-cpu", "faiss", "memory search"),
-    ("lm-eval", "lm_eval", "evaluation"),
+    ("mpi4py", "mpi4py", None),  # mpirun works without it; extra for those whose DeepSpeed setup asks for it
+    ("flash-linear-attention", "fla", None),
+    ("liger-kernel", "liger_kernel", None),
+    ("faiss-cpu", "faiss", None),
+    ("lm-eval", "lm_eval", None),
 ]
 
 
@@ -88,7 +88,8 @@ def pip_run(doing: str, verb: str, *arguments: str) -> None:
         code = subprocess.run(command, cwd=VENV, env=environment, stdout=log, stderr=log, check=False).returncode
     if code:
         errors = [line for line in LOG.read_text(errors="replace").splitlines() if line.startswith("ERROR:")]
-        reason = errors[-1].removeprefix("ERROR:").strip() if errors else f"pip ended with code {code}"
+        told = [line for line in errors if "ResolutionImpossible" not in line]
+        reason = told[-1].removeprefix("ERROR:").strip() if told else f"pip ended with code {code}"
         raise InstallError(f"{doing} failed: {reason} (whole output: {LOG})")
 
 
@@ -142,8 +143,9 @@ def bring_up_owned(extra: str) -> None:
     # An extra that was asked for earlier stays, with the versions of today.
     present = [level for level in LEVELS if stamp(level).is_file()]
     extra = max([extra, *present], key=LEVELS.index)
-    for level in LEVELS:
-        stamp(level).unlink(missing_ok=True)
+    for level in LEVELS:  # those that still hold stay, so that a failure (no network) takes nothing away
+        if stamp(level).is_file() and stamp(level).read_text() != digest(level):
+            stamp(level).unlink()
     install(extra, keep={})
     for level in LEVELS[: LEVELS.index(extra) + 1]:
         temporary = stamp(level).with_suffix(".new")
@@ -167,9 +169,14 @@ def report() -> None:
         f"environment: {VENV}, Python {sys.version.split()[0]}, torch {have['torch']}, deepspeed {have['deepspeed']},"
         f" megatron-core {have['megatron-core']}"
     )
-    found = [f"{name} ({use})" for name, module, use in OPTIONAL if importlib.util.find_spec(module)]
-    absent = [name for name, module, _ in OPTIONAL if not importlib.util.find_spec(module)]
-    print(f"optional packages: {', '.join(found) or 'none'}; not installed: {', '.join(absent) or 'none'}", flush=True)
+    present = [(name, use) for name, module, use in OPTIONAL if importlib.util.find_spec(module)]
+    groups = {
+        "used": [f"{name} for {use}" for name, use in present if use],
+        "present, not used by this release": [name for name, use in present if not use],
+        "absent": [name for name, _, _ in OPTIONAL if name not in dict(present)],
+    }
+    told = "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items() if names)
+    print(f"optional packages {told}", flush=True)
 
 
 def main() -> int:
