@@ -1,5 +1,6 @@
 """Which indexed files a run reads, and in which proportions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,8 +37,7 @@ def _check_blend(field: str, value: Any) -> Any:
         refuse(field, f"{GRAMMAR}; got {value!r}")
     if all(isinstance(item, dict | DataSource) for item in value):
         for item in value:
-            known = isinstance(item, DataSource) or (set(item) in ({"prefix"}, {"prefix", "weight"}))
-            if not known or (isinstance(item, dict) and not _is_weight(item.get("weight", 1.0))):
+            if isinstance(item, dict) and not _is_source(item):
                 refuse(field, f"{GRAMMAR}; got the entry {item!r}")
         return [item if isinstance(item, DataSource) else DataSource(**item) for item in value]
     if all(isinstance(item, str) for item in value):
@@ -48,8 +48,13 @@ def _check_blend(field: str, value: Any) -> Any:
     return value
 
 
+def _is_source(item: dict[str, Any]) -> bool:
+    known = item.keys() <= {"prefix", "weight"} and isinstance(item.get("prefix"), str)
+    return known and _is_weight(item.get("weight", 1.0))
+
+
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def blend_sources(blend: Blend) -> list[DataSource]:
@@ -138,7 +143,7 @@ def check_split(value: str) -> str:
         parts: Sequence[float] = [float(part) for part in value.split(",")]
     except ValueError:
         parts = []
-    if len(parts) != 3 or min(parts) < 0 or not 0 < parts[0] < float("inf"):
+    if len(parts) != 3 or parts[0] == 0 or not all(0 <= part < math.inf for part in parts):
         refuse("split", f"must be three parts for training, validation and test such as 99,1,0, got {value!r}")
     return value
 

@@ -95,7 +95,7 @@ class _Source:
         dotted_key, equals, text = argument.partition("=")
         names = dotted_key.split(".")
         if not equals or not all(names):
-            raise UserError(f"{place} must look like section.key=value, for example parallel.tensor=2.")
+            raise UserError(f"{place}: an override must look like section.key=value, for example parallel.tensor=2.")
         try:
             node = yaml.compose(text, Loader=_Loader)
         except yaml.YAMLError:
@@ -220,6 +220,10 @@ def _requirement(kind: str, context: dict[str, Any], fallback: str) -> str:
         return "must hold keys and values"
     if kind == "literal_error":
         return f"must be one of {context['expected']}"
+    if kind == "too_short":
+        return f"must have at least {context['min_length']} entry"
+    if kind == "string_too_short":
+        return "must not be empty"
     bounds = {"greater_than": "greater than", "greater_than_equal": "at least", "less_than": "less than"}
     if kind in bounds:
         return f"must be {bounds[kind]} {next(iter(context.values()))}"
