@@ -6,7 +6,7 @@ arXiv 2405.05254, appendix D; the published shapes give the attention heads, gat
 
 `llama-*` have the same depth, width and attention heads as the YOCO of the same name, and the feed-forward width
 8 D / 3 that makes them equally large, rounded to the nearest multiple of 8 so that tensor parallelism of 2, 4 and 8
-divides it; that moves a parameter count by at most 0.08 %. `llama-3b` (which the paper only uses for its cache size)
+divides it; that moves a parameter count by at most 0.07 %. `llama-3b` (which the paper only uses for its cache size)
 and `llama-tiny` take the feed-forward width that comes nearest to the size of `yoco-3b` and `yoco-tiny`.
 """
 

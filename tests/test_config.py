@@ -109,7 +109,7 @@ def test_words_and_dates_stay_text(run_yaml, text):
     [
         ((" yoco-tiny", " yoco-tiny\n  windw: 5"), "line 3: unknown key model.windw. Did you mean model.window?"),
         (("steps: 100", "stps: 100"), "line 7: unknown key phases.0.stps. Did you mean phases.0.steps?"),
-        (("output_dir", "min_learning_rate: 1\noutput_dir"), "key min_learning_rate. Did you mean phases.0.min_learning_rate?"),
+        (("output_dir", "min_learning_rate: 1\noutput_dir"), "Did you mean phases.0.min_learning_rate?"),
         (("preset: yoco-tiny", "dim: abc"), "line 2: model.dim must be an integer, got 'abc'."),
         (("steps: 100", "steps: 1e2"), "line 7: phases.0.steps must be an integer, got 100.0 (write 100)."),
         (("steps: 100", "steps: 0"), "line 7: phases.0.steps must be greater than 0, got 0."),
