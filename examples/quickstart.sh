@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# From raw text to a trained YOCO that writes text, on a machine without GPU: corpus, tokenizer, data, training in four
+# processes (tensor 2 x pipeline 2) with a checkpoint half-way, resume, generation. Takes a few minutes on two cores.
+#
+#     bash examples/quickstart.sh [key=value ...]         overrides of examples/quickstart.yaml, for training
+#
+# MEGAYOCO_RUN_DIR  folder of all that is written (default runs/quickstart); corpus, tokenizer and data are used again.
+# MEGAYOCO_VENV, MEGAYOCO_TORCH, MEGAYOCO_PYTHON: see tools/environment.sh.
+set -euo pipefail
+root="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+work="${MEGAYOCO_RUN_DIR:-runs/quickstart}"
+case "$work" in /*) ;; *) work="$(if [ -n "${MEGAYOCO_RUN_DIR:-}" ]; then pwd -P; else echo "$root"; fi)/$work" ;; esac
+# shellcheck source=tools/environment.sh
+source "$root/tools/environment.sh"
+megayoco_environment ""
+cd "$root"
+mkdir -p "$work/data"
+
+show() {
+    printf '\n$ %s\n' "$*"
+    "$@"
+}
+
+ranks="$work/ranks.tiktoken" corpus="$work/corpus.jsonl" data="$work/data/corpus" run="$work/run"
+[ -e "$corpus" ] || show python tools/make_corpus.py --output "$corpus" --max-mb 8
+[ -e "$ranks" ] || show python tools/train_tokenizer.py --input "$corpus" --vocab-size 4096 --output "$ranks"
+[ -e "${data}_text_document.idx" ] ||
+    show python tools/preprocess_data.py --input "$corpus" --output-prefix "$data" \
+        --tokenizer-type TiktokenTokenizer --tokenizer-model "$ranks" --append-eod --workers 2
+
+# Four small processes on a CPU, also where there are GPUs; a free port, so that two quickstarts can run side by side.
+export DS_ACCELERATOR=cpu
+port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+train=(deepspeed --num_gpus 4 --master_port "$port" --module megayoco.train --config examples/quickstart.yaml
+    --deepspeed_config ds_configs/cpu.json parallel.tensor=2 parallel.pipeline=2
+    "data.train=${data}_text_document" "output_dir=$run" "$@")
+
+overwrite=()
+[ ! -e "$run" ] || overwrite=(--overwrite)
+show "${train[@]}" phases.0.steps=60 "${overwrite[@]}"
+echo "quickstart: half of the steps are done; the rest starts from the checkpoint"
+show "${train[@]}" --resume
+
+show python -m megayoco.generate --model "$run" --prompt "def " --max-new-tokens 64
+
+show python examples/check_loss.py "$run" --fall 1.5
