@@ -1,0 +1,289 @@
+"""Megatron's indexed dataset, PREFIX.bin and PREFIX.idx: read, check and write, without torch.
+
+Shapes: S sequences, D = documents + 1. The index is little-endian: magic, version, dtype code, S, D, lengths in tokens
+int32 (S,), offsets in bytes int64 (S,), first sequence of each document int64 (D,). The arrays start at byte 34, hence
+are never aligned. PREFIX.bin holds the ids of all sequences, one after the other. PREFIX.meta.json beside them (ours,
+optional) says which tokenizer made them, their counts and largest id.
+Source: megatron-core, megatron/core/datasets/indexed_dataset.py.
+"""
+
+import json
+import logging
+import os
+import struct
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megayoco.data.tokenizer import read_json_object, write_text_atomically
+from megayoco.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, type[np.number]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+MAX_SEQUENCE = 2**31 - 1
+_REBUILD = "Copy both files again, or rebuild them with tools/preprocess_data.py."
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 below 65,500 ids, else int32: the choice of every Megatron writer."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an index file says; the arrays are copies and outlive the file.
+
+    lengths (S,) int32 tokens, offsets (S,) int64 bytes, documents (D,) int64 first sequence of each document.
+    """
+
+    dtype: np.dtype
+    lengths: np.ndarray
+    offsets: np.ndarray
+    documents: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents) - 1
+
+
+def read_index(prefix: str) -> Index:
+    """The index of a pair, after checking that index and data belong together.
+
+    Raises:
+        UserError: a file is missing, of another format or version, holds floats, or is cut short.
+    """
+    idx, data = f"{prefix}.idx", f"{prefix}.bin"
+    for path in (idx, data):
+        if not os.path.isfile(path):
+            raise UserError(f"{path} does not exist. {_missing_remedy(prefix, path)}")
+    content = np.fromfile(idx, np.uint8)
+    header = content[: HEADER.size].tobytes()
+    if header[:8] == b"TNTIDX\x00\x00":
+        raise UserError(
+            f"{idx} is of the older TNTIDX format (gpt-neox data_impl: cached), which shares only the file names."
+            " Rebuild the pair with tools/preprocess_data.py, or with data_impl: mmap."
+        )
+    if header[: len(MAGIC)] != MAGIC:
+        raise UserError(f"{idx} is no Megatron index: it begins with {header[:9]!r}, not {MAGIC!r}. {_REBUILD}")
+    if len(header) < HEADER.size:
+        raise UserError(f"{idx} holds {len(content)} bytes, less than an index header. {_REBUILD}")
+    _, version, code, S, D = HEADER.unpack(header)
+    if version != 1:
+        raise UserError(f"{idx} has version {version}, only 1 is known. {_REBUILD}")
+    if code not in DTYPES:
+        raise UserError(f"{idx} has the unknown dtype code {code}. {_REBUILD}")
+    dtype = np.dtype(DTYPES[code])
+    if dtype.kind == "f":
+        raise UserError(f"{idx} describes {dtype} numbers, but token ids are integers. {_REBUILD}")
+    expected = HEADER.size + 12 * S + 8 * D
+    if len(content) not in (expected, expected + S):  # multimodal files end with one mode per sequence
+        raise UserError(
+            f"{idx} holds {len(content):,} bytes, its header describes {expected:,}. The copy was cut short. {_REBUILD}"
+        )
+    at = [HEADER.size, HEADER.size + 4 * S, HEADER.size + 12 * S, expected]
+    lengths, offsets, documents = (
+        np.frombuffer(content[a:b].tobytes(), kind)
+        for a, b, kind in zip(at[:-1], at[1:], ("<i4", "<i8", "<i8"), strict=True)
+    )
+    ends = offsets + lengths.astype(np.int64) * dtype.itemsize
+    consistent = D > 0 and documents[0] == 0 and documents[-1] == S and bool((np.diff(documents) >= 0).all())
+    consistent = consistent and bool((lengths >= 0).all() and (offsets >= 0).all())
+    consistent = consistent and bool((ends[:-1] == offsets[1:]).all())
+    if not consistent:
+        raise UserError(f"{idx} contradicts itself: lengths, offsets and documents do not fit together. {_REBUILD}")
+    described, size = int(ends[-1]) if S else 0, os.path.getsize(data)
+    if size != described:
+        state = "The copy was cut short" if size < described else "They are not of one pair"
+        raise UserError(f"{data} holds {size:,} bytes, its index describes {described:,}. {state}. {_REBUILD}")
+    return Index(dtype, lengths, offsets, documents)
+
+
+def read_meta(prefix: str) -> dict[str, Any] | None:
+    """PREFIX.meta.json, None if there is none. Raises UserError if it describes another pair."""
+    path = f"{prefix}.meta.json"
+    if not os.path.exists(path):
+        return None
+    meta = read_json_object(path, remedy="Remove it, or rebuild the dataset with tools/preprocess_data.py.")
+    size = os.path.getsize(f"{prefix}.bin")
+    if meta.get("bin_bytes") != size:
+        raise UserError(
+            f"{path} describes {meta.get('bin_bytes')} bytes of tokens, but {prefix}.bin holds {size}: it belongs to"
+            " another dataset. Copy the right one, or remove it and give data.tokenizer_type and data.tokenizer_model."
+        )
+    return meta
+
+
+def check_prefix(prefix: str, vocab_size: int, *, sequence_length: int | None = None) -> Index:
+    """All that can be checked of a dataset before training starts; reads the index and a sample of the ids.
+
+    Args:
+        prefix: path without .bin and .idx.
+        vocab_size: of the model: every id, and the tokenizer's whole vocabulary, must be below it.
+        sequence_length: tokens per sample, if at least one sample must fit.
+
+    Returns:
+        The index.
+
+    Raises:
+        UserError: one line with the file and the remedy.
+    """
+    index = read_index(prefix)
+    meta = read_meta(prefix)
+    if meta is not None:
+        made_with = meta.get("tokenizer", {}).get("vocab_size", 0)
+        if made_with > vocab_size:
+            raise UserError(
+                f"{prefix} was made with a tokenizer of {made_with} ids, the model's vocabulary has {vocab_size}."
+                f" Set model.vocab_size to at least {made_with}, or rebuild the dataset with a smaller tokenizer."
+            )
+    low, high = _sampled_range(f"{prefix}.bin", index.dtype)
+    high = max(high, -1 if meta is None else int(meta.get("max_id", -1)))
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"{prefix}.bin holds token id {high if high >= vocab_size else low}, outside the model's vocabulary"
+            f" 0..{vocab_size - 1}. Set model.vocab_size to that of the tokenizer, or rebuild the dataset with it."
+        )
+    if sequence_length is not None and index.num_tokens < sequence_length + 1:
+        raise UserError(
+            f"{prefix} holds {index.num_tokens} tokens, fewer than one sample of {sequence_length} + 1. Prepare more"
+            " text, or shorten sequence_length."
+        )
+    if len(index.lengths) != index.num_documents:
+        log.warning(
+            "%s holds %d sequences in %d documents (split sentences, or empty documents); the sequence is what is"
+            " shuffled and treated as a document",
+            prefix,
+            len(index.lengths),
+            index.num_documents,
+        )
+    return index
+
+
+class IndexedWriter:
+    """Writes one pair: `with IndexedWriter(prefix, vocab_size) as writer: writer.add(...); writer.finish(...)`.
+
+    Everything grows under temporary names; `finish` renames the index last, so a visible index means a complete pair.
+    Leaving the block without `finish` removes the temporary files.
+
+    Raises:
+        UserError: the pair exists and `overwrite` is not set, or the files cannot be written.
+    """
+
+    def __init__(self, prefix: str, vocab_size: int, *, overwrite: bool = False):
+        self.prefix, self.vocab_size = prefix, vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self.paths = {kind: Path(f"{prefix}.{kind}") for kind in ("idx", "bin", "meta.json")}
+        existing = [str(path) for path in self.paths.values() if path.exists()]
+        if existing and not overwrite:
+            raise UserError(f"{existing[0]} exists. Choose another output prefix, or give --overwrite to replace it.")
+        self.temporary = {kind: Path(f"{path}.tmp-{os.getpid()}") for kind, path in self.paths.items()}
+        self.lengths = array("i")
+        self.num_tokens = 0
+        self.max_id = -1
+        try:
+            self.paths["bin"].parent.mkdir(parents=True, exist_ok=True)
+            self.file: BinaryIO = open(self.temporary["bin"], "wb")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise UserError(f"cannot write {prefix}.bin: {error.strerror}") from error
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        for path in self.temporary.values():
+            path.unlink(missing_ok=True)
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents of one sequence each.
+
+        Args:
+            tokens: (n,) ids of all of them, one after the other, in `self.dtype`.
+            lengths: tokens of each, summing to n, none of them 0.
+        """
+        if not len(tokens):
+            return
+        if tokens.dtype != self.dtype or int(lengths.sum()) != len(tokens) or int(lengths.min()) <= 0:
+            raise ValueError(f"{tokens.dtype} {tokens.shape} and lengths {lengths} are no documents of {self.dtype}")
+        high = int(tokens.max())
+        if high >= self.vocab_size or int(tokens.min()) < 0:  # a narrower dtype would have wrapped silently
+            raise ValueError(f"token id {high} is outside the vocabulary of {self.vocab_size}")
+        self.max_id = max(self.max_id, high)
+        try:
+            self.file.write(tokens.tobytes())
+        except OSError as error:
+            raise UserError(f"cannot write {self.prefix}.bin: {error.strerror}") from error
+        self.lengths.extend(lengths.tolist())
+        self.num_tokens += len(tokens)
+
+    def finish(self, meta: Mapping[str, Any]) -> None:
+        """Complete the pair: counts, dtype and largest id are added to `meta`."""
+        lengths = np.frombuffer(self.lengths, np.int32) if self.lengths else np.zeros(0, np.int32)
+        S = len(lengths)
+        offsets = np.zeros(S, np.int64)
+        np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=offsets[1:])
+        code = {np.dtype(kind): code for code, kind in DTYPES.items()}[self.dtype]
+        full_meta = {
+            **meta,
+            "dtype": self.dtype.name,
+            "tokens": self.num_tokens,
+            "max_id": self.max_id,
+            "bin_bytes": self.num_tokens * self.dtype.itemsize,
+        }
+        try:
+            self.file.close()  # flushes: a full disk shows here
+            with open(self.temporary["idx"], "wb") as file:
+                file.write(HEADER.pack(MAGIC, 1, code, S, S + 1))
+                for numbers in (lengths, offsets, np.arange(S + 1, dtype=np.int64)):
+                    file.write(numbers.tobytes())
+            write_text_atomically(self.temporary["meta.json"], json.dumps(full_meta, indent=2) + "\n")
+            self.paths["idx"].unlink(missing_ok=True)  # a replaced pair is incomplete until its index is back
+            for kind in ("bin", "meta.json", "idx"):
+                os.replace(self.temporary[kind], self.paths[kind])
+        except OSError as error:
+            raise UserError(f"cannot write {self.prefix}.bin and .idx: {error.strerror}") from error
+
+
+def _missing_remedy(prefix: str, path: str) -> str:
+    wanted = Path(prefix)
+    found = sorted(wanted.parent.glob(f"{wanted.name}_*_document.idx")) if wanted.parent.is_dir() else []
+    if found:
+        return f"Did you mean the prefix {str(found[0])[:-4]}?"
+    other = f"{prefix}.idx" if path.endswith(".bin") else f"{prefix}.bin"
+    if os.path.exists(other):
+        return f"Its partner {other} is there: the pair is incomplete. {_REBUILD}"
+    return "Check the prefix (the path without .bin or .idx), or write the dataset with tools/preprocess_data.py."
+
+
+def _sampled_range(path: str, dtype: np.dtype, blocks: int = 64, block: int = 4096) -> tuple[int, int]:
+    """Smallest and largest id in blocks spread evenly over the file, both ends included; (0, -1) if it is empty."""
+    count = os.path.getsize(path) // dtype.itemsize
+    if not count:
+        return 0, -1
+    tokens = np.memmap(path, dtype, "r")
+    starts = np.linspace(0, max(count - block, 0), blocks).astype(np.int64)
+    parts = [tokens[s : s + block] for s in np.unique(starts).tolist()]
+    return min(int(p.min()) for p in parts), max(int(p.max()) for p in parts)

@@ -1,0 +1,268 @@
+"""The tools that users run first: the printed command lines, what they write, and one line for every mistake."""
+
+import gzip
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megayoco.data import prepare
+from megayoco.data.command import run_command
+from megayoco.data.indexed import check_prefix
+from megayoco.data.tokenizer import TiktokenTokenizer, build_tokenizer, load_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_corpus, train_tokenizer, preprocess_data = map(load_tool, ("make_corpus", "train_tokenizer", "preprocess_data"))
+
+
+def fails(tool, arguments, capsys) -> str:
+    """The one line that a tool prints when it ends with exit code 2."""
+    capsys.readouterr()
+    assert run_command(tool.main, [str(a) for a in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+    return path
+
+
+def tokens_of(prefix) -> list[list[int]]:
+    index = check_prefix(str(prefix), 10**6)
+    tokens = np.fromfile(f"{prefix}.bin", index.dtype)
+    return [part.tolist() for part in np.split(tokens, np.cumsum(index.lengths)[:-1])]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    assert run_command(make_corpus.main, ["--output", str(path), "--max-mb", "0.4"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def rank_file(corpus):
+    path = corpus.parent / "ranks.tiktoken"
+    arguments = ["--input", str(corpus), "--vocab-size", "600", "--output", str(path)]
+    assert run_command(train_tokenizer.main, arguments) == 0
+    return path
+
+
+def texts_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_printed_command_lines_work_as_they_stand(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    for line in (
+        "tools/make_corpus.py --output corpus.jsonl --max-mb 0.2",
+        "tools/train_tokenizer.py --input corpus.jsonl --vocab-size 300 --output ranks.tiktoken",
+        "tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --tokenizer-type TiktokenTokenizer"
+        " --tokenizer-model ranks.tiktoken --append-eod --workers 2",
+    ):
+        done = subprocess.run(
+            [sys.executable, *line.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    check_prefix(str(tmp_path / "data/corpus_text_document"), 301, sequence_length=1024)
+
+
+def test_encoding_needs_no_torch():
+    code = "import sys, megayoco.data.prepare; assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_the_corpus_is_text_of_the_size_asked_for_and_always_the_same(corpus, tmp_path):
+    lines = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()]
+    assert all(set(line) == {"text", "source"} and line["text"].strip() for line in lines)
+    assert 0.35e6 < sum(len(line["text"].encode()) for line in lines) <= 0.4e6
+    assert len({line["source"] for line in lines}) == len(lines) > 10
+    assert run_command(make_corpus.main, ["--output", str(tmp_path / "again"), "--max-mb", "0.4"]) == 0
+    assert (tmp_path / "again").read_bytes() == corpus.read_bytes()
+
+
+def test_a_corpus_that_is_smaller_than_asked_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(make_corpus, "all_documents", lambda: iter([("a", "some text\n"), ("b", "some text\n")]))
+    assert run_command(make_corpus.main, ["--output", str(tmp_path / "c"), "--max-mb", "1"]) == 0
+    written = capsys.readouterr()
+    assert "this installation holds 0.0 MB of text, 1.0 MB were asked for" in written.err
+    assert "1 documents" in written.out  # the same text is not written twice
+
+
+def test_documentation_of_built_in_modules_is_a_document():
+    assert "math" in sys.builtin_module_names or "builtins" in sys.builtin_module_names
+    assert "Return the absolute value of the argument." in make_corpus.module_documentation("builtins")
+
+
+def test_ranks_encode_as_the_trained_merges_and_every_text_comes_back(corpus, rank_file):
+    texts = texts_of(corpus)
+    trained = train_tokenizer.train(iter(texts), 600)
+    tokenizer = TiktokenTokenizer(str(rank_file))
+    assert tokenizer.encoding._mergeable_ranks == train_tokenizer.tiktoken_ranks(trained)
+    assert sorted(load_ranks(rank_file).values()) == list(range(600))
+    assert (tokenizer.vocab_size, tokenizer.eod) == (601, 600)
+    generator = random.Random(0)
+    alphabet = "ab01 '\"\n\t\r  _.,(){}ſéßЖ日本語\u200d\u0301🙂I'll DON'T"
+    random_texts = ["".join(generator.choices(alphabet, k=80)) for _ in range(300)]
+    for text in [*texts, *random_texts, "", " " * 50, "<|endoftext|>", "1234567"]:
+        assert tokenizer.encode(text) == trained.encode(text).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert sum(len(tokenizer.encode(t)) for t in texts) < 0.7 * sum(len(t.encode()) for t in texts)
+
+
+def test_a_vocabulary_larger_than_the_text_gives_is_smaller_and_says_so(tmp_path, capsys):
+    text = write_lines(tmp_path / "t.jsonl", {"text": "abab abab"})
+    arguments = ["--input", text, "--vocab-size", "1000", "--output", tmp_path / "r"]
+    assert run_command(train_tokenizer.main, [str(a) for a in arguments]) == 0
+    assert "ranks of the 1000 asked for" in capsys.readouterr().err
+    assert len(load_ranks(tmp_path / "r")) < 270
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", ["TiktokenTokenizer", "ByteTokenizer"])
+def test_a_pair_equals_direct_encoding_document_by_document(corpus, rank_file, tmp_path, kind, workers, monkeypatch):
+    monkeypatch.setattr(
+        prepare.preprocess, "__kwdefaults__", prepare.preprocess.__kwdefaults__ | {"chunk_bytes": 30_000}
+    )
+    arguments = ["--input", corpus, "--output_prefix", tmp_path / "d/c", "--tokenizer_type", kind, "--append-eod"]
+    arguments += ["--tokenizer-model", rank_file, f"--workers={workers}", "--log_interval", 5]
+    assert run_command(preprocess_data.main, [str(a) for a in arguments]) == 0
+    tokenizer = build_tokenizer(kind, str(rank_file))
+    texts = texts_of(corpus)
+    expected = [[*tokenizer.encode(text), tokenizer.eod] for text in texts]
+    assert tokens_of(tmp_path / "d/c_text_document") == expected
+    meta = json.loads((tmp_path / "d/c_text_document.meta.json").read_text())
+    assert {key: meta["tokenizer"][key] for key in tokenizer.identity()} == tokenizer.identity()
+    assert meta["documents"] == len(texts)
+    assert meta["tokens"] == sum(map(len, expected))
+    assert meta["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert sorted(p.suffix for p in (tmp_path / "d").iterdir()) == [".bin", ".idx", ".json"]
+
+
+def run_bytes(path, prefix, *more) -> int:
+    arguments = ["--input", path, "--output-prefix", prefix, "--tokenizer-type", "ByteTokenizer", *more]
+    return run_command(preprocess_data.main, [str(a) for a in arguments])
+
+
+def test_empty_documents_are_counted_and_special_tokens_are_text(tmp_path, capsys):
+    path = write_lines(
+        tmp_path / "a.jsonl", {"text": "x"}, {"text": ""}, b"", {"text": "<|endoftext|>"}, {"text": "\ud800"}
+    )
+    path.write_bytes(path.read_bytes()[:-1])  # the last line has no newline
+    assert run_bytes(path, tmp_path / "o") == 0
+    assert tokens_of(tmp_path / "o_text_document") == [list(b"x"), list(b"<|endoftext|>"), list("\ufffd".encode())]
+    assert "1 empty documents left out" in capsys.readouterr().out
+
+
+def test_several_keys_files_patterns_and_gzip(tmp_path):
+    write_lines(tmp_path / "a-1.jsonl", {"text": "x", "title": "A"})
+    (tmp_path / "a-2.jsonl.gz").write_bytes(
+        gzip.compress(write_lines(tmp_path / "b", {"text": "y", "title": "B"}).read_bytes())
+    )
+    write_lines(tmp_path / "c", {"text": "z", "title": ""})
+    arguments = ["--input", tmp_path / "a-*", tmp_path / "c", "--output-prefix", tmp_path / "p", "--json-keys", "text"]
+    arguments += ["title", "--tokenizer-type", "ByteTokenizer"]
+    assert run_command(preprocess_data.main, [str(a) for a in arguments]) == 0
+    assert tokens_of(tmp_path / "p_text_document") == [list(b"x"), list(b"y"), list(b"z")]
+    assert tokens_of(tmp_path / "p_title_document") == [list(b"A"), list(b"B")]
+
+
+GOOD = {"text": "fine"}
+MISTAKES = {
+    "not JSON": (b'{"text": "cut', "line 3: not JSON"),
+    "an array": (["text"], "line 3: expected a JSON object, got list"),
+    "no key": ({"content": "x", "id": 1}, "line 3: no key 'text', only 'content', 'id'"),
+    "not text": ({"text": 5}, "line 3: the value of 'text' is int, not text"),
+    "not UTF-8": (b'{"text": "\xff"}', "line 3: byte 10 is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("case", "workers"), [*((case, 1) for case in MISTAKES), ("no key", 2)])
+def test_a_mistake_ends_the_run_with_file_and_line(tmp_path, capsys, case, workers):
+    line, message = MISTAKES[case]
+    path = write_lines(tmp_path / "a.jsonl", GOOD, GOOD, line, GOOD)
+    arguments = ["--input", path, "--output-prefix", tmp_path / "d/o", "--tokenizer-type", "ByteTokenizer"]
+    error = fails(preprocess_data, [*arguments, "--workers", workers], capsys)
+    assert f"{path}, {message}" in error
+    assert list((tmp_path / "d").iterdir()) == []
+
+
+def die(chunk):
+    os._exit(9)
+
+
+def test_a_worker_that_dies_ends_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "_work", die)
+    path = write_lines(tmp_path / "a.jsonl", GOOD, GOOD)
+    arguments = ["--input", path, "--output-prefix", tmp_path / "d/o", "--tokenizer-type", "ByteTokenizer"]
+    error = fails(preprocess_data, [*arguments, "--workers", 2], capsys)
+    assert f"{path}, about lines 1 to 3: a worker process died" in error
+    assert list((tmp_path / "d").iterdir()) == []
+
+
+def test_output_is_replaced_only_when_told_to(tmp_path, capsys):
+    path = write_lines(tmp_path / "a.jsonl", GOOD)
+    assert run_bytes(path, tmp_path / "o") == 0
+    write_lines(path, {"text": "other"})
+    arguments = ["--input", path, "--output-prefix", tmp_path / "o", "--tokenizer-type", "ByteTokenizer"]
+    assert "o_text_document.idx exists" in fails(preprocess_data, arguments, capsys)
+    assert tokens_of(tmp_path / "o_text_document") == [list(b"fine")]
+    assert run_bytes(path, tmp_path / "o", "--overwrite") == 0
+    assert tokens_of(tmp_path / "o_text_document") == [list(b"other")]
+
+
+def test_mistakes_in_the_arguments(tmp_path, capsys, corpus, rank_file):
+    path = write_lines(tmp_path / "a.jsonl", GOOD)
+    packed = tmp_path / "cut.gz"
+    packed.write_bytes(gzip.compress(os.urandom(5000).hex().encode())[:-500])
+    blank = write_lines(tmp_path / "blank.jsonl", {"text": ""})
+    output = ["--output-prefix", tmp_path / "o", "--tokenizer-type"]
+    for arguments, message in [
+        (["--input", tmp_path / "none*", *output, "ByteTokenizer"], "no such file"),
+        (["--input", tmp_path, *output, "ByteTokenizer"], "is not a file"),
+        (["--input", path, path, *output, "ByteTokenizer"], "twice"),
+        (["--input", packed, *output, "ByteTokenizer"], "gzip data is damaged"),
+        (["--input", blank, *output, "ByteTokenizer"], "no document with text under the key 'text'"),
+        (["--input", path, *output, "TiktokenTokenizer"], "TiktokenTokenizer needs a model"),
+        (["--input", path, *output, "TiktokenTokenizer", "--tokenizer-model", path], "expected a token in base64"),
+        (["--input", path, "--output-prefix", "/proc/x/o", "--tokenizer-type", "ByteTokenizer"], "cannot write"),
+    ]:
+        assert message in fails(preprocess_data, arguments, capsys)
+        assert not list(tmp_path.glob("o*"))
+    size = ["--vocab-size", 300, "--output"]
+    for arguments, message in [
+        (["--input", path, "--vocab-size", 255, "--output", tmp_path / "r"], "below 256"),
+        (["--input", corpus, *size, rank_file], "exists"),
+        (["--input", blank, "--json-keys", "body", *size, tmp_path / "r"], "blank.jsonl, line 1: no text under"),
+    ]:
+        assert message in fails(train_tokenizer, arguments, capsys)
+    assert "exists" in fails(make_corpus, ["--output", corpus], capsys)
+    assert "--max-mb" in fails(make_corpus, ["--output", tmp_path / "c", "--max-mb", 0], capsys)
+
+
+@pytest.mark.parametrize("tool", [make_corpus, train_tokenizer, preprocess_data])
+def test_help_and_unknown_flags(tool, capsys):
+    with pytest.raises(SystemExit) as caught:
+        tool.main(["--help"])
+    assert caught.value.code == 0
+    with pytest.raises(SystemExit) as caught:
+        tool.main(["--no-such-flag"])
+    assert caught.value.code == 2

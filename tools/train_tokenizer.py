@@ -1,0 +1,142 @@
+#!/usr/bin/env python
+"""Train a byte-level BPE and write it as a tiktoken rank file.
+
+    python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 4096 --output ranks.tiktoken
+
+The 256 single bytes and the merges, in the order they were found, are the ranks: --vocab-size of them. The special
+token <|endoftext|> takes the id after them, so a model needs vocab_size = ranks + 1 or more. OUTPUT.json beside the
+rank file holds the pattern that cuts text into words (that of cl100k) and the special tokens. Input is JSON lines,
+plain or gzip, with the text under --json-keys; a .txt file is one document.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+from megayoco.data.command import dashed, positive_int, run_command
+from megayoco.data.prepare import find_inputs, read_chunks
+from megayoco.data.tokenizer import CL100K_PATTERN, END_OF_DOCUMENT, TiktokenTokenizer, write_rank_file
+from megayoco.errors import UserError
+
+# CL100K_PATTERN for the regular expressions of the tokenizers library, where ++ after a count, and $, mean other things
+TRAINING_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHECKED_DOCUMENTS = 200
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="JSONL files, plain or gzip, text files, or patterns")
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text (text)")
+    add("--vocab-size", type=positive_int, required=True, metavar="N", help="ranks: 256 bytes and N - 256 merges")
+    add("--output", required=True, metavar="FILE", help="the rank file; FILE.json is written beside it")
+    add("--overwrite", action="store_true", help="replace an existing rank file")
+    args = parser.parse_args(dashed(arguments))
+    if args.vocab_size < 256:
+        raise UserError(f"--vocab-size {args.vocab_size} is below 256, the number of single bytes")
+    for path in (args.output, f"{args.output}.json"):
+        if os.path.exists(path) and not args.overwrite:
+            raise UserError(f"{path} exists. Choose another --output, or give --overwrite to replace it.")
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+
+    inputs = find_inputs(args.input)
+    trained = train(read_texts(inputs, args.json_keys), args.vocab_size)
+    ranks = tiktoken_ranks(trained)
+    write_rank_file(args.output, ranks, CL100K_PATTERN, {END_OF_DOCUMENT: len(ranks)})
+    if len(ranks) < args.vocab_size:
+        print(
+            f"warning: the text gave only {len(ranks)} ranks of the {args.vocab_size} asked for: it holds no more"
+            " pairs that occur twice. Give more text, or expect the smaller vocabulary.",
+            file=sys.stderr,
+        )
+    different = count_differences(trained, TiktokenTokenizer(args.output), read_texts(inputs, args.json_keys))
+    if different:
+        print(
+            f"note: tiktoken encodes {different} of the first {CHECKED_DOCUMENTS} documents otherwise than the trained"
+            " merges, which make one token in two ways. The rank file is what counts.",
+            file=sys.stderr,
+        )
+    print(f"{args.output}: {len(ranks)} ranks; {END_OF_DOCUMENT} is {len(ranks)}; model.vocab_size >= {len(ranks) + 1}")
+
+
+def read_texts(paths: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
+    """The documents of JSONL and text files. Raises UserError with file and line."""
+    for path in paths:
+        if path.endswith(".txt"):
+            try:
+                with open(path, encoding="utf-8", newline="") as file:
+                    yield file.read()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: byte {error.start} is not UTF-8") from None
+            continue
+        for chunk in read_chunks(path):
+            for number, line in enumerate(chunk.lines.split(b"\n"), chunk.first_line):
+                if line.strip():
+                    yield from _texts_of(line, keys, f"{path}, line {number}")
+
+
+def _texts_of(line: bytes, keys: Sequence[str], place: str) -> Iterator[str]:
+    try:
+        document = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error}). Repair or remove the line.") from None
+    for key in keys:
+        text = document.get(key) if isinstance(document, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{place}: no text under the key {key!r}. Name the right one by --json-keys.")
+        # a lone surrogate, which JSON can spell, is no text that the tokenizers library accepts
+        yield text.encode("utf-8", "replace").decode("utf-8")
+
+
+def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of vocab_size tokens, fewer if the texts give no more."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(TRAINING_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[],
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tiktoken_ranks(trained: Tokenizer) -> dict[bytes, int]:
+    """Bytes of each token -> its id, which is its rank: the trainer numbers the bytes first, then merges in order."""
+    byte_of = _byte_of_character()
+    return {bytes(byte_of[c] for c in token): number for token, number in trained.get_vocab().items()}
+
+
+def count_differences(trained: Tokenizer, tokenizer: TiktokenTokenizer, texts: Iterator[str]) -> int:
+    """How many of the first documents tiktoken encodes otherwise than the trained tokenizer."""
+    sample = [text for text, _ in zip(texts, range(CHECKED_DOCUMENTS), strict=False)]
+    encoded = trained.encode_batch(sample, add_special_tokens=False)
+    return sum(tokenizer.encode(text) != one.ids for text, one in zip(sample, encoded, strict=True))
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table: printable bytes are spelled as themselves, the others by characters from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
