@@ -1,0 +1,83 @@
+"""Train a model: python -m megayoco.train --config run.yaml [section.key=value ...], alone or under any launcher."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megayoco.errors import UserError
+
+
+class CommandLineError(UserError):
+    """A wrong argument, the same on every rank."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandLineError(f"{message}. See python -m megayoco.train --help.")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Launchers add --local_rank; --deepspeed is accepted out of habit."""
+    parser = _Parser(
+        prog="python -m megayoco.train", description="Train a model as a YAML file describes it.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run: model, data, phases, output_dir")
+    parser.add_argument("--deepspeed_config", "--deepspeed-config", metavar="FILE", help="precision and ZeRO, HJSON")
+    parser.add_argument("--resume", action="store_true", help="go on after the latest checkpoint in output_dir")
+    parser.add_argument("--overwrite", action="store_true", help="give up the run that output_dir holds")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as parallel.tensor=2 phases.0.steps=20")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for what the user has to change. Every other exception is a bug and is raised."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        parse(arguments)
+    rank: int | None = None
+    # late imports: the help text needs neither torch nor seconds
+    from megayoco.parallel.launch import read_launch, start_distributed
+    from megayoco.train.agreement import AgreedError
+
+    try:
+        rank = read_launch(os.environ).rank
+        options = parse(arguments)
+        launch, device = start_distributed()
+        from megayoco.train.loop import Trainer
+        from megayoco.train.session import Request, Session
+
+        request = Request(
+            options.config, options.deepspeed_config, tuple(options.overrides), options.resume, options.overwrite
+        )
+        Trainer(Session(request, launch, device)).train()
+    except UserError as error:
+        if rank in (None, 0):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif not isinstance(error, (AgreedError, CommandLineError)):
+            print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def leave(code: int) -> None:
+    """End this process now: a rank that waits for threads or peers would keep the launcher from ending the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+    leave(code)

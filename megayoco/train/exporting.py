@@ -1,0 +1,39 @@
+"""The trained weights as one folder for generation and conversion: whole tensors under canonical names."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from megayoco.config import RunConfig
+from megayoco.model.parameters import canonical_parameters, gather_canonical, shards_of
+from megayoco.train.agreement import barrier
+from megayoco.train.engine import Engine
+
+
+def export(engine: Engine, run: RunConfig, phase: int, tokenizer: Any, directory: Path) -> None:
+    """Gather the weights of all ranks and write them on rank 0. Collective.
+
+    The model's config carries the rotary base of `phase`, the one that the weights were trained with last.
+    """
+    import deepspeed
+
+    from megayoco.convert.export import write_export
+
+    partitioned = engine.config["zero_optimization"]["stage"] == 3
+    topology = engine.topology
+    speaks = topology.data_rank == 0 and topology.sequence_rank == 0
+    local = {}
+    for name, parameter in canonical_parameters(engine.module).items():
+        # one at a time: under ZeRO 3 the whole model need not fit on a device
+        with deepspeed.zero.GatheredParameters([parameter]) if partitioned else nullcontext():
+            if speaks:
+                local[name] = parameter.detach().to("cpu", copy=True)
+    if speaks:
+        tensors = gather_canonical(local, shards_of(engine.module), topology)
+        if topology.rank == 0:
+            model = dataclasses.replace(run.model, rope_theta=run.phase_rope_theta(phase))
+            write_export(directory, model, tensors, tokenizer)
+    barrier()

@@ -1,0 +1,182 @@
+"""Everything that happens before the first step: all checks, then the directory, then the engine.
+
+The order matters: what can be refused is refused while nothing has been written, deleted or allocated.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megayoco.config import RunConfig, load_config
+from megayoco.data.batches import Batches, ValidationBatches
+from megayoco.data.datasets import Datasets, build_datasets, resolve_tokenizer
+from megayoco.dsconfig import load_deepspeed_config, precision
+from megayoco.errors import UserError
+from megayoco.model.parameters import count_parameters
+from megayoco.ops.backends import describe_backends
+from megayoco.parallel.launch import Launch
+from megayoco.parallel.topology import Topology, build_topology
+from megayoco.train.agreement import all_ranks_agree, barrier
+from megayoco.train.checkpoint import check_resumable, load
+from megayoco.train.engine import Engine, engine_config
+from megayoco.train.memory import MemoryEstimate, check_memory, estimate_memory
+from megayoco.train.metrics import Peak, find_peak
+from megayoco.train.output import OutputPlan, plan_output, prepare_output
+from megayoco.train.phases import Timeline
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    config: str
+    deepspeed_config: str | None
+    overrides: tuple[str, ...]
+    resume: bool
+    overwrite: bool
+
+
+class Session:
+    """A checked and built run, standing before its next step.
+
+    Args:
+        request: the command line.
+        launch, device: where this process stands; torch.distributed is initialised.
+
+    Raises:
+        UserError: on every rank, for whatever any rank finds wrong.
+    """
+
+    def __init__(self, request: Request, launch: Launch, device: torch.device) -> None:
+        self.launch, self.device = launch, device
+        with all_ranks_agree():
+            self.run: RunConfig = load_config(request.config, list(request.overrides))
+            data_size = self._check_layout()
+            self.ds_config = load_deepspeed_config(request.deepspeed_config, self.run, data_size, device)
+            self.backends = describe_backends(device)
+        self.topology: Topology = build_topology(self.run.parallel, self.run.model)
+        self.timeline = Timeline.of(self.run)
+        config = engine_config(self.ds_config)
+        with all_ranks_agree():
+            self.memory: MemoryEstimate = estimate_memory(self.run, config, self.topology)
+            check_memory(self.memory, device, launch.local_size or 1)
+        with all_ranks_agree():
+            self.plan: OutputPlan = plan_output(self.run, resume=request.resume, overwrite=request.overwrite)
+            if self.plan.checkpoint is not None:
+                check_resumable(self.plan.checkpoint, self.run, self.topology, config)
+        with all_ranks_agree():
+            self.tokenizer = self._tokenizer()
+        self.step = self.plan.checkpoint.step if self.plan.checkpoint else 0
+        # the data of every phase, so that a prefix missing in the last one does not end the run after a week
+        first = self.timeline.position(self.step).phase
+        datasets = {number: self._build_datasets(number) for number in range(first, len(self.run.phases))}
+        self._datasets: dict[int, Datasets] = {first: datasets[first]}
+        with all_ranks_agree():
+            if launch.rank == 0:
+                prepare_output(self.plan, self.run)
+                self.tokenizer.save(self.directory / "tokenizer")
+        torch.manual_seed(self.run.seed)
+        self.engine = Engine(self.run, self.ds_config, self.topology, device)
+        self.engine.begin_phase(first)
+        if self.plan.checkpoint is not None:
+            load(self.engine, self.plan.checkpoint)
+        self.parameters = count_parameters(self.engine.module, self.topology)
+        self.peak: Peak = find_peak(device, precision(self.ds_config))
+        barrier()
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory."""
+        return self.plan.directory
+
+    def batches(self, number: int, consumed_samples: int) -> Batches:
+        """Training batches of a phase from the given sample on."""
+        return Batches(
+            self._datasets_of(number).train, consumed_samples=consumed_samples, **self._batch_arguments(number)
+        )
+
+    def validation_batches(self, number: int) -> ValidationBatches | None:
+        """The validation batches of a phase; None where it has no validation data."""
+        valid = self._datasets_of(number).valid
+        if valid is None:
+            return None
+        return ValidationBatches(valid, num_batches=self.run.validation.batches, **self._batch_arguments(number))
+
+    def banner(self) -> list[str]:
+        """What the run is, line by line."""
+        run, topology = self.run, self.topology
+        body = run.model.parameter_count()["body"]
+        zero = self.engine.config["zero_optimization"]["stage"]
+        layout = f"tensor {topology.tensor} x pipeline {topology.pipeline} x sequence {topology.sequence}"
+        start = f"resumed at step {self.step}" if self.plan.checkpoint else "new run"
+        lines = {
+            "model": f"{run.model.pattern}, {self.parameters:,} parameters ({body:,} without embeddings), "
+            f"{run.model.layers} layers of {run.model.dim}",
+            "layout": f"{layout} x data {topology.data} = {topology.world_size} processes "
+            f"({self.launch.launcher}), {torch.get_num_threads()} threads each",
+            "engine": f"DeepSpeed ZeRO {zero}, {precision(self.ds_config)}, {self.engine.optimizer_name}, "
+            f"on {self._device_name()}",
+            **self.backends,
+            "memory": self.memory.describe(),
+            "peak": self.peak.source,
+            "run": f"{start}, {self.timeline.total_steps} steps in {len(run.phases)} phase(s), "
+            f"{self.timeline.total_tokens:,} tokens, output {self.directory}",
+        }
+        width = max(map(len, lines))
+        return [f"{name:<{width}}  {value}" for name, value in lines.items()]
+
+    def _check_layout(self) -> int:
+        run, world = self.run, self.launch.world_size
+        run.parallel.validate(run.model, world)
+        data_size = run.parallel.data(world)
+        for number, phase in enumerate(run.phases):
+            try:
+                phase.micro_batches(data_size)
+            except UserError as error:
+                raise UserError(f"phases.{number}: {error}") from None
+        return data_size
+
+    def _tokenizer(self) -> Any:
+        tokenizer = resolve_tokenizer(self.run.data)
+        if tokenizer.vocab_size > self.run.model.vocab_size:
+            raise UserError(
+                f"The tokenizer {tokenizer.model or tokenizer.type} has {tokenizer.vocab_size} ids, model.vocab_size "
+                f"is {self.run.model.vocab_size}. Set model.vocab_size to at least {tokenizer.vocab_size}."
+            )
+        return tokenizer
+
+    def _build_datasets(self, number: int) -> Datasets:
+        # rank 0 builds while the others wait; an error there reaches all, one elsewhere comes after the last collective
+        with all_ranks_agree():
+            return build_datasets(
+                self.run.phase_data(number),
+                sequence_length=self.run.phases[number].sequence_length,
+                num_samples=self.timeline.samples_until_end(number),
+                seed=self.run.seed,
+                vocab_size=self.run.model.vocab_size,
+                default_cache_dir=os.path.join(self.run.output_dir, "data_cache"),
+            )
+        raise AssertionError("unreachable: all_ranks_agree raises what it has caught")
+
+    def _datasets_of(self, number: int) -> Datasets:
+        if number not in self._datasets:
+            self._datasets = {number: self._build_datasets(number)}
+        return self._datasets[number]
+
+    def _batch_arguments(self, number: int) -> dict[str, Any]:
+        phase = self.run.phases[number]
+        return {
+            "batch_size": phase.batch_size,
+            "micro_batch_size": phase.micro_batch_size,
+            "data_rank": self.topology.data_rank,
+            "data_size": self.topology.data,
+            "document_mask": self.run.phase_data(number).document_mask,
+        }
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"

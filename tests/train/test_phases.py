@@ -1,0 +1,54 @@
+"""The schedule is a function of the step alone; every corner of it is checked against numbers written out by hand."""
+
+import pytest
+
+from megayoco.config import PhaseConfig
+from megayoco.train.phases import Timeline, learning_rate
+
+
+def phase(**values):
+    length = {} if "tokens" in values else {"steps": 8}
+    return PhaseConfig(**{"sequence_length": 8, "batch_size": 4, "learning_rate": 1.0, **length, **values})
+
+
+def rates(config):
+    return [round(learning_rate(config, step), 4) for step in range(config.num_steps)]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (dict(schedule="constant"), [1.0] * 8),
+        (dict(schedule="constant", warmup_steps=3), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        (dict(schedule="linear"), [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        (dict(schedule="linear", warmup_steps=4, min_learning_rate=0.2), [0.2, 0.4, 0.6, 0.8, 1, 0.8, 0.6, 0.4]),
+        (dict(schedule="cosine", warmup_steps=4), [0.2, 0.4, 0.6, 0.8, 1, 0.8536, 0.5, 0.1464]),
+        (dict(schedule="wsd", warmup_steps=1, decay_steps=4), [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+        (dict(schedule="wsd", warmup_tokens=33, decay_tokens=33, steps=5), [0.3333, 0.6667, 1, 1, 0.5]),
+        (dict(schedule="cosine", warmup_steps=99), [round((s + 1) / 100, 4) for s in range(8)]),
+    ],
+)
+def test_learning_rates(values, expected):
+    assert rates(phase(**values)) == pytest.approx(expected)
+
+
+def test_phases_are_laid_end_to_end():
+    timeline = Timeline([phase(steps=3), phase(tokens=65, batch_size=2, sequence_length=16), phase(steps=1)])
+    assert timeline.total_steps == 3 + 3 + 1
+    assert timeline.total_tokens == 3 * 32 + 3 * 32 + 32
+    places = [timeline.position(step) for step in range(8)]
+    assert [p.phase for p in places] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [p.phase_step for p in places] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert [p.consumed_samples for p in places] == [0, 4, 8, 0, 2, 4, 12, 16]
+    assert [p.tokens for p in places] == [32 * step for step in range(8)]
+    assert [timeline.is_end_of_phase(step) for step in range(8)] == [False] * 3 + [True, False, False, True, True]
+    with pytest.raises(ValueError, match="outside"):
+        timeline.position(8)
+
+
+def test_phases_that_read_the_same_samples_go_on_where_the_last_one_ended():
+    phases = [phase(steps=3), phase(steps=2, batch_size=2), phase(steps=1, sequence_length=16), phase(steps=2)]
+    timeline = Timeline(phases, ["books", "books", "books", "code"])
+    first = [timeline.position(step).consumed_samples for step in (0, 3, 5, 6)]
+    assert first == [0, 12, 0, 0]  # another length or other data begins anew
+    assert [timeline.samples_until_end(number) for number in range(4)] == [12, 16, 4, 8]
