@@ -18,8 +18,10 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 """Target of a token without loss."""
 
-# fp32 logits of one chunk
+# Logits of one chunk in fp32. On CPU fewer tokens than fit are kinder to the cache; far fewer would add to the
+# gradient of the weight too often.
 CHUNK_BYTES_CPU = 64 * 2**20
+CHUNK_TOKENS_CPU = 512
 CHUNK_BYTES = 1024 * 2**20
 
 
@@ -37,10 +39,10 @@ def linear_cross_entropy(
     Args:
         x: (M, D), the same on every rank of the group.
         weight: (V, D), the same dtype: this rank's rows of the output matrix, as many on every rank.
-        targets: (M,) int64 vocabulary entries of the whole vocabulary, -100 for tokens without loss; the same everywhere.
+        targets: (M,) int64, the same on every rank: entries of the whole vocabulary, -100 for tokens without loss.
         group: ranks that share the vocabulary; None: this rank has all of it.
         rank_offset: vocabulary entry of this rank's first row.
-        chunk_tokens: tokens whose logits exist at a time; None: about 64 MiB of fp32 logits on CPU.
+        chunk_tokens: tokens whose logits exist at a time; None: at most 512 tokens and 64 MiB of fp32 logits on CPU.
 
     Returns:
         loss_sum, 0-d fp32 (float64 for float64 inputs), and count, 0-d int64, of the tokens with loss; both the same on
@@ -51,8 +53,8 @@ def linear_cross_entropy(
             device-side assertion, since looking would stop the queue).
         RuntimeError: backward is called twice; the gradients are made in forward, and scaled in place.
 
-    Logits are rounded to x's dtype, softmax and the sum over chunks of weight's gradient are fp32 or wider. x's gradient is
-    summed over the group inside, once, so x needs no all-reducing copy in front.
+    Logits are rounded to x's dtype; the softmax, and the gradient of weight until it is scaled, are fp32 or wider. The
+    gradient of x is summed over the group inside, once, so x needs no all-reducing copy in front.
     """
     _check_shapes(x, weight, targets)
     size = 1 if group is None else dist.get_world_size(group)
@@ -60,9 +62,8 @@ def linear_cross_entropy(
         raise ValueError(f"rank_offset {rank_offset} does not fit {size} ranks with {weight.shape[0]} rows each")
     _check_targets(targets, size * weight.shape[0])
     if chunk_tokens is None:
-        budget = CHUNK_BYTES_CPU if x.device.type == "cpu" else CHUNK_BYTES
-        chunk_tokens = max(1, budget // (4 * max(1, weight.shape[0])))
-    elif chunk_tokens < 1:
+        chunk_tokens = _default_chunk_tokens(x.device, weight.shape[0])
+    if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     differentiate = torch.is_grad_enabled()
     wanted = (differentiate and x.requires_grad, differentiate and weight.requires_grad)
@@ -77,6 +78,13 @@ def linear_cross_entropy_naive(x: Tensor, weight: Tensor, targets: Tensor) -> tu
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     return loss, (targets != IGNORED).sum()
+
+
+def _default_chunk_tokens(device: torch.device, vocabulary: int) -> int:
+    row_bytes = 4 * max(1, vocabulary)
+    if device.type == "cpu":
+        return max(1, min(CHUNK_BYTES_CPU // row_bytes, CHUNK_TOKENS_CPU))
+    return max(1, CHUNK_BYTES // row_bytes)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -104,8 +112,7 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
 class _LinearCrossEntropy(torch.autograd.Function):
     """(x, weight, targets, group, rank_offset, chunk_tokens, wanted) -> loss_sum; gradients are made in forward.
 
-    The gradient of the logits is softmax - onehot. The onehot part is a row of weight (for x) and a row of x (for weight):
-    it is added there, so the (chunk x V) matrix is written by nothing but the exponential.
+    All ranks of the group see the same targets, hence the same chunks and the same number of collectives.
     """
 
     @staticmethod
@@ -120,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted: tuple[bool, bool],
     ) -> Tensor:
         accumulator = torch.promote_types(x.dtype, torch.float32)
-        # Finding the rows with loss needs their number, which on CUDA would stop the queue: there they are weighed with 0.
+        # Leaving out the rows without loss needs their number, which on CUDA would stop the queue; there they weigh 0.
         rows = None
         if x.device.type == "cpu" and bool((targets == IGNORED).any()):
             rows = (targets != IGNORED).nonzero().squeeze(1)
@@ -132,9 +139,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=accumulator, device=x.device)
         for start in range(0, x_kept.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            loss += _chunk(
-                x_kept[part], weight, targets[part], group, rank_offset, None if dx is None else dx[part], dweight
-            )
+            dx_part = None if dx is None else dx[part]
+            loss_part, dweight = _chunk(x_kept[part], weight, targets[part], group, rank_offset, dx_part, dweight)
+            loss += loss_part
         if dx is not None and group is not None:
             dist.all_reduce(dx, group=group)
         if dx is not None and rows is not None:
@@ -164,39 +171,43 @@ def _chunk(
     rank_offset: int,
     dx: Tensor | None,
     dweight: Tensor | None,
-) -> Tensor:
-    """Loss of one chunk; writes dx (tokens, D) and adds to dweight (V, D)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of one chunk, and dweight (V, D) with its part added, perhaps in place; dx (tokens, D) is written."""
     logits = x @ weight.t()
-    low = logits if logits.dtype != torch.promote_types(logits.dtype, torch.float32) else None
+    low = None if logits.dtype == torch.promote_types(logits.dtype, torch.float32) else logits
     if low is not None:
-        logits = logits.float()
-    weighs = targets != IGNORED
+        logits = low.float()
+    has_loss = targets != IGNORED
     column = targets - rank_offset
     mine = (column >= 0) & (column < weight.shape[0])
-    column = column.clamp(0, weight.shape[0] - 1)
+    column = column.clamp(0, weight.shape[0] - 1)[:, None]
     maximum = logits.amax(-1)
     if group is not None:
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-    target = logits.gather(1, column[:, None]).squeeze(1).masked_fill_(~mine, 0)
+    target = logits.gather(1, column).squeeze(1).masked_fill_(~mine, 0)
     logits.sub_(maximum[:, None]).exp_()
     sums = torch.stack([logits.sum(-1), target])
     if group is not None:
         dist.all_reduce(sums, group=group)
     total, target = sums
-    losses = total.log() + maximum - target
-    if dx is not None or dweight is not None:
-        scale = weighs / total
-        if low is not None:
-            torch.mul(logits, scale[:, None], out=low)
-            probabilities = low
+    loss = (total.log() + maximum - target).masked_fill(~has_loss, 0).sum()
+    if dx is None and dweight is None:
+        return loss, None
+
+    # (softmax - onehot) = dlogits * scale. The scale goes to the thin factors: one pass less over (chunk x V).
+    scale = (has_loss / total)[:, None]
+    dlogits = logits.scatter_add_(1, column, -(total * mine)[:, None])
+    if low is not None:
+        torch.mul(dlogits, scale, out=low)
+    if dx is not None:
+        if low is None:
+            torch.mm(dlogits, weight, out=dx).mul_(scale)
         else:
-            probabilities = logits.mul_(scale[:, None])
-        own = mine[:, None].to(x.dtype)
-        if dx is not None:
-            torch.mm(probabilities, weight, out=dx)
-            dx.sub_(weight[column] * own)
-        if dweight is not None:
-            x_wide = x.to(dweight.dtype)
-            dweight.addmm_(probabilities.t().to(dweight.dtype), x_wide)
-            dweight.index_add_(0, column, x_wide * own, alpha=-1)
-    return losses.masked_fill(~weighs, 0).sum()
+            torch.mm(low, weight, out=dx)
+    if dweight is not None:
+        if low is not None and low.device.type == "cuda":
+            # tensor cores with fp32 sums and an fp32 result; cuBLAS has no such in-place form
+            dweight = torch.addmm(dweight, low.t(), x, out_dtype=dweight.dtype)
+        else:
+            dweight.addmm_(dlogits.t(), x.to(dlogits.dtype) * scale)
+    return loss, dweight

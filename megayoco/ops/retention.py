@@ -5,8 +5,8 @@ Shapes: B batch, T tokens of the chunk handed in, H heads, K key dim, V value di
 Left context: RetentionState(state (B, H, K, V), log_decay (B, H)), fp32 or float64, decoding included: in bf16 a decay
 above 0.998 rounds to 1 and never fades.
 
-Three forms of one function: `gated_retention` for training and prefill (matrix products only), `gated_retention_recurrent`
-for a few tokens, `gated_retention_naive` as the reference of both.
+Three forms of one function: `gated_retention` made of matrix products for training and prefill,
+`gated_retention_recurrent` for a few tokens, `gated_retention_naive` as the reference of both.
 
 Source: YOCO, arXiv 2405.05254, equations 5-8, without the output norm and gate.
 """
@@ -266,9 +266,9 @@ class _ChunkedRetention(torch.autograd.Function):
 
     With S the states before the pieces, G their gradients and P = (q k^T) * fade inside a piece:
         y = P v + (q * from_left) S;   S_next = across S + (k * to_right)^T v
-    Forward keeps its inputs and one state per group; backward makes the rest again. A log-decay's gradient is the sum of
-    value times gradient over all that it fades. With c the sum of log-decays inside a piece, the terms of a query carry
-    +c of its token, those of a key -c of its own, and the state after a piece carries the total:
+    Forward keeps its inputs and one state per group; backward makes the rest again. A log-decay's gradient is the sum
+    of value times gradient over all that it fades. With c the sum of log-decays inside a piece, the terms of a query
+    carry +c of its token, those of a key -c of its own, and the state after a piece carries the total:
         d log_decay_t = <S_next, G_next> + sum over i >= t of (q_i . dq_i - k_i . dk_i)
     """
 
