@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megayoco.ops import attention
-from megayoco.ops.attention import causal_attention, causal_attention_naive
+from megayoco.ops.attention import attention_with_backend, causal_attention, causal_attention_naive
 
 # T, S, H, G, window, documents: lengths of the packed documents over all S keys, one list per batch entry
 CASES = [
@@ -72,8 +72,30 @@ def test_output_and_gradients_equal_the_twin(case):
     options = dict(scale=0.3, window=window, first_key=first_keys(documents, T) if documents else None)
     expected = output_and_gradients(causal_attention_naive, inputs, **options)
     got = output_and_gradients(causal_attention, inputs, **options)
-    for what, a, b in zip("out dq dk dv".split(), expected, got, strict=True):
+    for what, a, b in zip(["out", "dq", "dk", "dv"], expected, got, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-11, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] > 1 or not case[4]], ids=name)
+def test_the_math_backend_equals_the_twin(case):
+    """What serves fp32 on GPUs, and everything where no kernel passes its check."""
+    T, S, H, G, window, documents = case
+    window = None if window and window >= S else window  # causal_attention asks a backend for nothing else
+    inputs = random_inputs(2, T, S, H, G, 8)
+    options = dict(scale=0.3, window=window, first_key=first_keys(documents, T) if documents else None)
+    expected = output_and_gradients(causal_attention_naive, inputs, **options)
+    got = output_and_gradients(attention_with_backend, inputs, backend="math", **options)
+    for what, a, b in zip(["out", "dq", "dk", "dv"], expected, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-11, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_square_uses_the_flash_kernel_with_grouped_heads_both_ways(dtype):
+    with OperatorRecord() as record:
+        output_and_gradients(causal_attention, random_inputs(2, 96, 96, 4, 2, 16, dtype), scale=0.3)
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    assert {flash, flash + "_backward"} <= record.names
+    assert not {"repeat_interleave", "expand", "bmm", "softmax", "_softmax"} & record.names
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
@@ -83,20 +105,23 @@ def test_bf16_is_as_near_as_its_rounding(case):
     options = dict(scale=0.25, window=window, first_key=first_keys(documents, T) if documents else None)
     expected = output_and_gradients(causal_attention_naive, [x.double() for x in inputs], **options)
     got = output_and_gradients(causal_attention, inputs, **options)
-    for what, a, b in zip("out dq dk dv".split(), expected, got, strict=True):
+    for what, a, b in zip(["out", "dq", "dk", "dv"], expected, got, strict=True):
         assert b.dtype == torch.bfloat16
         error = (b.double() - a).norm() / a.norm().clamp(min=1e-3)
         assert error < 1e-2, f"{what}: relative error {error:.2e}"
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any operator returned."""
+class OperatorRecord(TorchDispatchMode):
+    """Records which operators ran, and the most elements that any of them returned."""
 
-    numel = 0
+    def __init__(self):
+        super().__init__()
+        self.names, self.numel = set(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.names.add(function.overloadpacket.__name__)
         self.numel = max([self.numel, *sizes])
         return result
 
@@ -108,11 +133,42 @@ def test_nothing_of_queries_times_keys_is_allocated(T, window, documents):
     S, H, G, K = 1024, 2, 1, 8
     inputs = random_inputs(1, T, S, H, G, K, torch.float32)
     options = dict(scale=0.3, window=window, first_key=first_keys(documents, T) if documents else None)
-    with LargestTensor() as largest:
+    with OperatorRecord() as record:
         output_and_gradients(causal_attention, inputs, **options)
     block = attention.MASKED_BLOCK
     limit = block * S if documents and not window else max(S * H * K, block * (block + 64))
-    assert largest.numel <= limit < T * S
+    assert record.numel <= limit < T * S
+
+
+def test_documents_of_every_length_are_cut_into_parts_that_hold_each_pair_once():
+    """The plan by itself: which rows and keys lie in a part, without any attention."""
+    T, S, block = 700, 900, attention.MASKED_BLOCK
+    lengths = [[250, block, block - 1, 1, block + 1, 137, 128], [1] * 300 + [600]]
+    first_key = first_keys(lengths, T)
+    count = torch.zeros(2, T, S, dtype=torch.int64)
+    query, key = torch.arange(S - T, S)[:, None], torch.arange(S)
+    visible = (key <= query) & (key >= first_key[..., None])
+    for part in attention._plan(T, S, None, first_key, "cpu_flash"):
+        assert part.kind != "causal" or part.rows.stop - part.rows.start == part.keys.stop - part.keys.start
+        seen = (key <= query) if part.kind == "causal" else visible if part.kind == "masked" else key >= 0
+        at = (part.batch, part.rows, part.keys)
+        count[at] += seen.expand(2, T, S)[at].long()
+    assert torch.equal(count, visible.long())
+
+
+@pytest.mark.parametrize(("S", "window"), [(40, None), (64, None), (40, 7)])
+def test_any_strides_are_read_right(S, window):
+    q, k, v, _ = random_inputs(2, 40, S, 4, 2, 8)
+    strided = [x.transpose(1, 3).contiguous().transpose(1, 3).requires_grad_() for x in (q, k, v)]
+    results = []
+    for leaves in ([x.requires_grad_() for x in (q, k, v)], strided):
+        out = causal_attention(*leaves, scale=0.3, window=window)
+        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    expected = causal_attention_naive(q, k, v, scale=0.3, window=window)
+    results.append([expected, *torch.autograd.grad(expected.sum(), (q, k, v))])
+    for contiguous, got, naive in zip(*results, strict=True):
+        torch.testing.assert_close(contiguous, naive)
+        torch.testing.assert_close(got, naive)
 
 
 def test_a_window_reads_only_the_keys_it_needs():
@@ -135,6 +191,7 @@ def test_a_window_reads_only_the_keys_it_needs():
         (dict(first_key=torch.zeros(2, 9, dtype=torch.int64)), "first_key must be int64"),
         (dict(first_key=torch.zeros(2, 5, dtype=torch.int32)), "first_key must be int64"),
         (dict(dtype=torch.float64), "one floating-point dtype"),
+        (dict(device="meta"), "one device"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -142,5 +199,6 @@ def test_what_does_not_fit_is_refused(change, message):
     q = torch.zeros(change.get("q", (2, 5, 4, 8)), dtype=change.get("dtype"))
     k = torch.zeros(change.get("k", (2, 9, 2, 8)))
     v = torch.zeros(change.get("v", (2, 9, 2, 8)))
+    q = q.to(change.get("device", "cpu"))
     with pytest.raises(ValueError, match=message):
         causal_attention(q, k, v, scale=1.0, window=change.get("window"), first_key=change.get("first_key"))
