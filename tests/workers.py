@@ -124,4 +124,17 @@ def _run_case(rank: int, world: int, port: int, function: Callable[..., Any], ar
     finally:
         destroy_topology()
         deepspeed.comm.comm.cdb = None
+        _reset_zero3_numbering()
         dist.destroy_process_group()
+
+
+def _reset_zero3_numbering() -> None:
+    """ZeRO 3 numbers modules and parameters per process and insists that all ranks agree; the ranks of a smaller world
+    would be ahead of the others in the next case. DeepSpeed keeps one of the counters in a default argument."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = 0
+    for default in DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ or ():
+        if isinstance(default, list):
+            default[:] = [0]

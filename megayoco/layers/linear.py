@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -146,8 +146,9 @@ class KeyValueLinear(ColumnParallelLinear):
             tp_group=builder.group,
         )
         self.ranks = builder.ranks
-        self.replica_group = builder.kv_replica_group
         replicas = max(builder.ranks // heads, 1)
+        # window layers have as many key-value heads as query heads: never replicated, whatever the cross half does
+        self.replica_group = builder.kv_replica_group if replicas > 1 else None
         first = builder.rank * heads // builder.ranks
         shard = Shard(
             (heads * head_dim, columns),
@@ -216,7 +217,3 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-
-def uncounted(parameter: nn.Parameter) -> None:
-    """Takes a parameter out of norms and counts: a copy (tied embeddings on the last pipeline stage)."""
-    mark(parameter, parameter.canonical_name, replace(parameter.shard, counted=False))  # type: ignore[attr-defined]

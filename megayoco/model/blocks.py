@@ -9,6 +9,7 @@ Shapes: B batch, T tokens of the chunk, D model dim, V vocabulary (v of one tens
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -171,6 +172,4 @@ def build_layer(model: ModelConfig, position: int, builder: Builder) -> Layer | 
 
 def remark_tied_head(weight: nn.Parameter, counted: bool) -> None:
     """Gives a tied head its embedding's name and shard; a copy on another pipeline stage does not count."""
-    from dataclasses import replace
-
     mark(weight, "embed_tokens.weight", replace(weight.shard, counted=counted))  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megayoco.config import ModelConfig
 from megayoco.errors import UserError
 from megayoco.layers.context import KeyValues, Positions
-from megayoco.layers.linear import Builder, Embedding
+from megayoco.layers.linear import Builder
 from megayoco.layers.shared_kv import SharedKeyValues
 from megayoco.model.blocks import Head, build_embedding, build_layer, remark_tied_head
 from megayoco.model.decoder import run_block, set_rope_theta
@@ -276,7 +276,3 @@ def build_pipeline(
         documents=documents,
     )
 
-
-def embedding_of(module: nn.Module) -> Embedding | None:
-    """The embedding a stage holds, if any."""
-    return next((part for part in module.modules() if isinstance(part, Embedding)), None)

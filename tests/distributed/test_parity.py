@@ -1,0 +1,59 @@
+"""Loss and every gradient do not depend on the parallel layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.steps import Case, one_process, packed_batch, parallel_step
+from tests.workers import Workers
+
+MODELS = ["yoco-retention", "yoco-window", "llama", "yoco-tied"]
+
+FLOAT64 = [
+    Case(world=2, tensor=2),
+    Case(world=4, tensor=4),
+    Case(world=4, tensor=4, micro_batch=8, checkpointing=True),
+    Case(world=2, pipeline=2),
+    Case(world=2, pipeline=2, micro_batch=4, checkpointing=True),
+    Case(world=4, pipeline=4, micro_batch=1),
+    Case(world=2, micro_batch=1, checkpointing=True),
+    Case(world=4, tensor=2, pipeline=2),
+    Case(world=4, tensor=2, pipeline=2, checkpointing=True, documents=False),
+    Case(world=4, tensor=2, micro_batch=4),
+    Case(world=4, pipeline=2, micro_batch=1, checkpointing=True),
+]
+
+FP32 = [
+    *(Case(world=2, zero=stage, dtype=torch.float32) for stage in (0, 1, 2, 3)),
+    *(Case(world=2, zero=stage, dtype=torch.float32, micro_batch=4, checkpointing=True) for stage in (2, 3)),
+    Case(world=4, tensor=2, zero=2, dtype=torch.float32),
+    Case(world=4, tensor=2, zero=3, dtype=torch.float32, checkpointing=True),
+    Case(world=4, pipeline=2, zero=1, dtype=torch.float32),
+    Case(world=4, tensor=2, pipeline=2, zero=1, dtype=torch.float32, checkpointing=True),
+]
+
+
+def check(workers: Workers, model: str, case: Case, loss_tolerance: float, tolerance: float) -> None:
+    batch = packed_batch()
+    loss, gradients = one_process(model, batch, case.dtype, case.documents)
+    results = workers.run(parallel_step, model, case, batch, world=case.world)
+    for rank, (got_loss, _) in enumerate(results):
+        assert got_loss == pytest.approx(loss, rel=loss_tolerance), f"rank {rank}"
+    got = results[0][1]
+    assert got.keys() == gradients.keys()  # a parameter without gradient is a failure, not a skip
+    for name, expected in gradients.items():
+        error = (got[name] - expected).abs().max() / expected.abs().max()
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("case", FLOAT64, ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_float64_loss_and_every_gradient_equal_one_process(workers: Workers, model: str, case: Case) -> None:
+    check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("case", FP32, ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_fp32_zero_stages_equal_one_process(workers: Workers, model: str, case: Case) -> None:
+    check(workers, model, case, loss_tolerance=1e-6, tolerance=1e-5)
