@@ -36,6 +36,11 @@ class Launch:
     master_address: str
     master_port: int
 
+    @property
+    def inherits_terminal(self) -> bool:
+        """Whether a terminal that this process sees is the user's; the processes of mpirun and srun see other ones."""
+        return self.launcher in ("none", _GROUPS[0].launcher)
+
 
 @dataclass(frozen=True)
 class _Group:

@@ -8,8 +8,9 @@ micro-batch's loss is multiplied beforehand by what will be divided out, over th
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import torch
@@ -142,13 +143,14 @@ class Engine:
         common = {"seed": run.seed, "activation_checkpointing": run.parallel.activation_checkpointing}
         if self._pipelined:
             # the cut decides where weights lie, so it follows the first phase, which no later edit changes
-            return build_pipeline(
-                run.model,
-                self.topology,
-                sequence_length=run.phases[0].sequence_length,
-                documents=self._documents,
-                **common,  # type: ignore[arg-type]
-            )
+            with redirect_stdout(io.StringIO()):  # DeepSpeed prints its grid
+                return build_pipeline(
+                    run.model,
+                    self.topology,
+                    sequence_length=run.phases[0].sequence_length,
+                    documents=self._documents,
+                    **common,  # type: ignore[arg-type]
+                )
         return build_decoder(run.model, self.topology, **common)  # type: ignore[arg-type]
 
     def _to_device(self, batch: MicroBatch) -> MicroBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 from megayoco.train import checkpoint
 from megayoco.train.agreement import AgreedError
@@ -23,10 +24,13 @@ class Trainer:
         self._run = session.run
         self._timeline = session.timeline
         self._clock = IntervalClock()
-        enabled = session.launch.rank == 0
-        logging = self._run.logging
         self._report = Reporter(
-            session.directory, self._timeline.total_steps, session.step, logging.tensorboard, enabled
+            session.directory,
+            self._timeline.total_steps,
+            session.step,
+            tensorboard=self._run.logging.tensorboard,
+            bar=session.launch.inherits_terminal,
+            enabled=session.launch.rank == 0,
         )
 
     def train(self) -> None:
@@ -97,7 +101,7 @@ class Trainer:
             if speaks:
                 self._clock.reset()
             return
-        values = {
+        values: dict[str, Any] = {
             "step": step,
             "phase": label,
             "loss": result.loss,
@@ -115,7 +119,7 @@ class Trainer:
             shown = {**values, **rates}
             self._report.line(step_line(shown, self._timeline.total_steps))
             names = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "peak_memory_bytes", "overhead")
-            self._report.scalars(step, {f"train/{name}": shown[name] for name in names if shown[name] is not None})
+            self._report.scalars(step, {f"train/{name}": shown[name] for name in names})
             self._clock.reset()
 
     def _after_step(self, step: int, phase: int) -> None:

@@ -5,7 +5,6 @@ An estimate from below (no fragmentation, no communication buffers): what it ref
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ class MemoryEstimate:
         return text + (f"; {_size(self.host)} offloaded to main memory" if self.host else "")
 
 
-def estimate_memory(run: RunConfig, ds_config: Mapping[str, Any], topology: Topology) -> MemoryEstimate:
+def estimate_memory(run: RunConfig, ds_config: dict[str, Any], topology: Topology) -> MemoryEstimate:
     """The need of the fullest rank of this layout."""
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)

@@ -21,10 +21,14 @@ class Reporter:
         directory: the run's directory; metrics.jsonl is appended to, TensorBoard files go to `tensorboard/`.
         total_steps, first_step: length of the bar, and where a resumed run starts on it.
         tensorboard: whether to write TensorBoard files.
+        bar: whether to show a bar on a terminal. mpirun gives every rank a terminal of its own, wherever the output
+            goes, so there none can be drawn.
         enabled: True on rank 0.
     """
 
-    def __init__(self, directory: Path, total_steps: int, first_step: int, tensorboard: bool, enabled: bool) -> None:
+    def __init__(
+        self, directory: Path, total_steps: int, first_step: int, *, tensorboard: bool, bar: bool, enabled: bool
+    ) -> None:
         self.enabled = enabled
         self._total = total_steps
         if not enabled:
@@ -36,7 +40,7 @@ class Reporter:
 
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
         self._progress: Progress | None = None
-        if sys.stdout.isatty():
+        if bar and sys.stdout.isatty():
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             # two updates a second cost nothing measurable, ten would show on a small model
             self._progress = Progress(*columns, console=Console(highlight=False), refresh_per_second=2)
@@ -62,11 +66,12 @@ class Reporter:
         if self.enabled:
             self._metrics.write(json.dumps(values) + "\n")
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Points for TensorBoard by tag."""
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        """Points for TensorBoard by tag; None has none."""
         if self.enabled and self._writer is not None:
             for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
+                if value is not None:
+                    self._writer.add_scalar(tag, value, step)
 
     def flush(self) -> None:
         """Put everything on disk; called before a checkpoint names the step, and at the end."""
@@ -92,9 +97,10 @@ class Reporter:
 def step_line(values: dict[str, Any], total_steps: int) -> str:
     """The console line of one step; `values` as in metrics.jsonl."""
     width = len(str(total_steps))
+    norm = "overflow" if values["grad_norm"] is None else f"{values['grad_norm']:.3g}"
     return (
         f"step {values['step']:>{width}}/{total_steps}  phase {values['phase']}  loss {values['loss']:.4f}"
-        f"  grad norm {values['grad_norm']:.3g}  lr {values['learning_rate']:.3e}"
+        f"  grad norm {norm}  lr {values['learning_rate']:.3e}"
         f"  tokens {_thousands(values['tokens'])}  {_thousands(values['tokens_per_second'])} tokens/s"
         f"  mfu {100 * values['mfu']:.1f}%  memory {values['peak_memory_bytes'] / 1024**3:.2f} GiB"
     )
