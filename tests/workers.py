@@ -1,7 +1,8 @@
 """A pool of spawned processes that the distributed tests share.
 
-Importing torch, deepspeed and megatron-core costs seconds per process: the pool is started once per session and runs many
-cases. Each case gets a fresh gloo process group of its own size, and all module state of both libraries is reset after it.
+Importing torch, deepspeed and megatron-core costs seconds per process: the pool is started once per session and runs
+many cases. Each case gets a fresh gloo process group of its own size, and all module state of both libraries is reset
+after it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Workers:
         while waiting:
             ready = wait(list(waiting), timeout=timeout)
             if not ready:
-                errors.update({rank: f"no answer within {timeout} s" for rank in waiting.values()})
+                errors.update(dict.fromkeys(waiting.values(), f"no answer within {timeout} s"))
                 break
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[call-overload]

@@ -3,7 +3,8 @@
 Every mixer is `forward(x, positions, left) -> (y, right)`. Contexts are plain tuples of tensors, passed as arguments
 through every call, checkpoint and stage: never kept on a module.
 
-Shapes: B batch, T tokens of the chunk, S tokens remembered, g key-value heads of this tensor rank, K head dim, W window.
+Shapes: B batch, T tokens of the chunk, S tokens remembered, g key-value heads of this tensor rank, K head dim,
+        W window.
 """
 
 from __future__ import annotations
@@ -30,9 +31,7 @@ class KeyValues(NamedTuple):
     def empty(batch_size: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
         """No token remembered."""
         shape = (batch_size, 0, heads, head_dim)
-        return KeyValues(
-            torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
-        )
+        return KeyValues(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
 
     def combine(self, right: KeyValues) -> KeyValues:
         """These tokens, then `right`'s."""

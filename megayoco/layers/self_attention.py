@@ -66,4 +66,3 @@ class SelfAttention(nn.Module):
         )
         right = seen if self.window is None else seen.last(self.window - 1)
         return self.out_proj(y_BThK.flatten(2)), right
-

@@ -1,7 +1,7 @@
 """The blocks of a stack, from embedding to head, and the table that turns a layer pattern into them.
 
-The same block list becomes a plain module (model/decoder.py) or pipeline stages (model/pipeline.py). Every layer block is
-`(x, positions, left) -> (x, right)`; blocks never know in what order chunks come, nor where they run.
+The same block list becomes a plain module (model/decoder.py) or pipeline stages (model/pipeline.py). Every layer block
+is `(x, positions, left) -> (x, right)`; blocks never know in what order chunks come, nor where they run.
 
 Shapes: B batch, T tokens of the chunk, D model dim, V vocabulary (v of one tensor rank), M rows that carry a target.
 """
@@ -79,8 +79,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None) -> Any:
         """x (B, T, D); targets (B, T) int64 with -100 for none.
 
-        Returns the sum of losses over the targets (fp32, 0-d) and their number (int64, 0-d), equal on every tensor rank;
-        without targets the logits (B, T, V) of the whole vocabulary.
+        Returns the sum of losses over the targets (fp32, 0-d) and their number (int64, 0-d), equal on every tensor
+        rank; without targets the logits (B, T, V) of the whole vocabulary.
         """
         x = self.norm(x)
         if targets is None:

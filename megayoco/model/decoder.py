@@ -1,8 +1,8 @@
 """The model as one module: a stack of blocks built from a layer pattern.
 
 Training sees whole sequences (`forward`); inference feeds chunks of any size and keeps what the mixers remember as the
-cache (`absorb`, `advance`). Positions that want no logits stop before the cross-decoder: its layers read only the shared
-keys and values, which depend on the self-decoder alone, so leaving early is exact.
+cache (`absorb`, `advance`). Positions that want no logits stop before the cross-decoder: its layers read only the
+shared keys and values, which depend on the self-decoder alone, so leaving early is exact.
 
 Shapes: B batch, T tokens of the chunk, D model dim, V vocabulary.
 """
@@ -60,9 +60,7 @@ class Decoder(nn.Module):
             self.self_layers = len(self.layers)
         self.head = Head(model, builder, tied=self.embed_tokens if model.tie_embeddings else None)
 
-    def forward(
-        self, tokens: Tensor, targets: Tensor, document_starts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, targets: Tensor, document_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss of whole sequences.
 
         Args:
@@ -71,8 +69,8 @@ class Decoder(nn.Module):
             document_starts: (B, T) int64, index of the first token of each token's document; None: no borders.
 
         Returns:
-            Sum of the losses over the targets (fp32, float64 for a float64 model) and their number (int64), both 0-d and
-            equal on every tensor rank.
+            Sum of the losses over the targets (fp32, float64 for a float64 model) and their number (int64), both 0-d
+            and equal on every tensor rank.
         """
         x = self.embed_tokens(tokens)
         positions = Positions.of_chunk(0, tokens.shape[1], tokens.device, document_starts)

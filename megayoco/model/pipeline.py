@@ -163,7 +163,7 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
     ) -> None:
         self.config = model
         self.stage_borders = split_stages(model, topology.pipeline, sequence_length)
-        specs = self._specs(model, builder, activation_checkpointing, documents)
+        specs = stage_specs(model, builder, self.stage_borders, activation_checkpointing, documents)
         super().__init__(layers=specs, topology=pipeline_topology(topology), loss_fn=self._loss)
         if model.tie_embeddings and topology.is_last_stage:
             embedding = self.tied_modules["embedding"].embed_tokens
@@ -178,25 +178,6 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
         self.parts = self.stage_borders
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
-    def _specs(self, model: ModelConfig, builder: Builder, recompute: bool, documents: bool) -> list[LayerSpec]:
-        # with tied embeddings the last stage gets one more entry, in front of the head (see split_stages)
-        borders = set(self.stage_borders)
-        count = len(model.layer_pattern())
-        embedding_arguments = (model, builder, documents, 1 in borders)
-        head = LayerSpec(_HeadStage, model, builder, documents, _head_position(model) in borders)
-        layers = [
-            LayerSpec(_LayerStage, model, i, builder, documents, i + 1 in borders, i + 2 in borders, recompute)
-            for i in range(count)
-        ]
-        if not model.tie_embeddings:
-            return [LayerSpec(_EmbedStage, *embedding_arguments), *layers, head]
-        weight = "embed_tokens.weight"
-        first = TiedLayerSpec("embedding", _EmbedStage, *embedding_arguments, tied_weight_attr=weight)
-        last = TiedLayerSpec(
-            "embedding", _EmbedStage, *embedding_arguments, forward_fn=_pass_through, tied_weight_attr=weight
-        )
-        return [first, *layers, last, head]
-
     def _head(self) -> Head:
         return self.forward_funcs[-1].head  # type: ignore[no-any-return]
 
@@ -207,9 +188,28 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
         return loss_sum * scale
 
 
-def _head_position(model: ModelConfig) -> int:
-    """Where the last stage's tail begins in the list of layers: the head, or the tied copy in front of it."""
-    return len(model.layer_pattern()) + 1
+def stage_specs(
+    model: ModelConfig, builder: Builder, borders: list[int], recompute: bool, documents: bool
+) -> list[LayerSpec]:
+    """What DeepSpeed builds of the whole list of layers, each stage its own part; `borders` are those of `split_stages`.
+
+    With tied embeddings the list has one more entry, in front of the head: the last stage's copy of the embedding.
+    """
+    count = len(model.layer_pattern())
+    embedding_arguments = (model, builder, documents, 1 in borders)
+    head = LayerSpec(_HeadStage, model, builder, documents, count + 1 in borders)
+    layers = [
+        LayerSpec(_LayerStage, model, i, builder, documents, i + 1 in borders, i + 2 in borders, recompute)
+        for i in range(count)
+    ]
+    if not model.tie_embeddings:
+        return [LayerSpec(_EmbedStage, *embedding_arguments), *layers, head]
+    weight = "embed_tokens.weight"
+    first = TiedLayerSpec("embedding", _EmbedStage, *embedding_arguments, tied_weight_attr=weight)
+    last = TiedLayerSpec(
+        "embedding", _EmbedStage, *embedding_arguments, forward_fn=_pass_through, tied_weight_attr=weight
+    )
+    return [first, *layers, last, head]
 
 
 def split_stages(model: ModelConfig, stages: int, sequence_length: int) -> list[int]:
@@ -262,9 +262,9 @@ def build_pipeline(
 ) -> PipelineDecoder:
     """The pipeline stage of this rank.
 
-    A micro-batch of the engine is `((tokens[, document_starts]), (targets, scale))`: tokens, starts, targets (B, T) int64,
-    -100 in targets for none; the engine's loss is the sum of losses times `scale` (0-d, float). With `documents` every
-    micro-batch must carry document starts.
+    A micro-batch of the engine is `((tokens[, document_starts]), (targets, scale))`: tokens, starts, targets (B, T)
+    int64, -100 in targets for none; the engine's loss is the sum of losses times `scale` (0-d, float). With `documents`
+    every micro-batch must carry document starts.
     """
     builder = Builder.of(topology, seed, dtype)
     return PipelineDecoder(
@@ -275,4 +275,3 @@ def build_pipeline(
         activation_checkpointing=activation_checkpointing,
         documents=documents,
     )
-

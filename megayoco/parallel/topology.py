@@ -1,8 +1,8 @@
 """Which rank does what: the only file that knows rank numbers. Everything else is handed process groups.
 
 World = pipeline x data x sequence x tensor, tensor fastest. These are megatron-core's default order (`tp-cp-ep-dp-pp`,
-its context-parallel axis being our sequence axis) and DeepSpeed's PipeModelDataParallelTopology with its data axis equal
-to our data x sequence: `build_topology` checks that both libraries see the same ranks.
+its context-parallel axis being our sequence axis) and DeepSpeed's PipeModelDataParallelTopology with its data axis
+equal to our data x sequence: `build_topology` checks that both libraries see the same ranks.
 """
 
 from __future__ import annotations
@@ -199,6 +199,6 @@ def _check_coordinates(topology: Topology) -> None:
     )
     if not ours == megatron == (coordinates.pipe, coordinates.data, coordinates.model):
         raise UserError(
-            f"rank {topology.rank} is {ours} (pipeline, data x sequence, tensor) here but {megatron} in megatron-core and"
-            f" {tuple(coordinates)} in DeepSpeed. Use the tested versions of constraints.txt."
+            f"rank {topology.rank} is {ours} (pipeline, data x sequence, tensor) here but {megatron} in megatron-core"
+            f" and {tuple(coordinates)} in DeepSpeed. Use the tested versions of constraints.txt."
         )

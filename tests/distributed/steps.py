@@ -102,9 +102,7 @@ def parallel_step(model: str, case: Case, batch: tuple[Tensor, ...]) -> tuple[fl
 
 def _run_plain(config: ModelConfig, case: Case, topology: Topology, micro_batches: list[Any], total: int) -> Any:
     """Without DeepSpeed, whose engine does not reduce float64 gradients."""
-    decoder = build_decoder(
-        config, topology, seed=SEED, dtype=case.dtype, activation_checkpointing=case.checkpointing
-    )
+    decoder = build_decoder(config, topology, seed=SEED, dtype=case.dtype, activation_checkpointing=case.checkpointing)
     loss = torch.zeros((), dtype=case.dtype)
     for micro_batch in micro_batches:
         part = decoder(*micro_batch)[0] / total
@@ -133,9 +131,7 @@ def _run_zero(config: ModelConfig, case: Case, topology: Topology, micro_batches
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    decoder = build_decoder(
-        config, topology, seed=SEED, dtype=case.dtype, activation_checkpointing=case.checkpointing
-    )
+    decoder = build_decoder(config, topology, seed=SEED, dtype=case.dtype, activation_checkpointing=case.checkpointing)
     optimizer = torch.optim.AdamW(decoder.parameters())
     engine, *_ = deepspeed.initialize(
         model=decoder,
@@ -196,11 +192,9 @@ def _run_pipeline(config: ModelConfig, case: Case, topology: Topology, micro_bat
 
     module.loss_fn = recording_loss
     scale = torch.tensor(len(micro_batches) * topology.data / total, dtype=case.dtype)
-    engine.train_batch(
-        iter([((t, s) if case.documents else (t,), (y, scale)) for t, y, s in micro_batches])
-    )
+    engine.train_batch(iter([((t, s) if case.documents else (t,), (y, scale)) for t, y, s in micro_batches]))
     loss = torch.stack(losses).sum().double() if losses else torch.zeros((), dtype=torch.float64)
-    if not topology.tensor_rank == 0:
+    if topology.tensor_rank != 0:
         loss = loss * 0
     dist.all_reduce(loss)
     if wide:
