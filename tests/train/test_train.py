@@ -1,0 +1,171 @@
+"""The trainer from its command line, one process: a whole run, its exact continuation, and what stops it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megayoco.data.indexed import IndexedWriter
+from megayoco.data.tokenizer import build_tokenizer
+
+TEXT = "Give the two halves their own work: one remembers, the other reads what was remembered. " * 60
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    """A small dataset of bytes."""
+    path = str(tmp_path_factory.mktemp("data") / "bytes")
+    tokenizer = build_tokenizer("ByteTokenizer")
+    with IndexedWriter(path, tokenizer.vocab_size) as writer:
+        for part in range(4):
+            ids = np.array([*tokenizer.encode(TEXT[part:]), tokenizer.eod], writer.dtype)
+            writer.add(ids, np.array([len(ids)]))
+        writer.finish({"tokenizer": {**tokenizer.identity(), "eod": tokenizer.eod, "model": None}})
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(prefix, tmp_path_factory):
+    """A run of ten steps in two phases of different length, batch and rotary base."""
+    values = {
+        "model": dict(pattern="yoco", self_mixer="window", window=8, dim=32, layers=2, hidden_dim=64, heads=2),
+        "data": {"train": prefix, "split": "75,25,0", "document_mask": True},
+        "phases": [
+            dict(sequence_length=32, steps=4, batch_size=4, micro_batch_size=2, learning_rate=1e-2, warmup_steps=2),
+            dict(name="long", sequence_length=64, steps=6, batch_size=3, learning_rate=5e-3, rope_theta=5e4),
+        ],
+        "validation": {"interval": 3, "batches": 2},
+        "logging": {"interval": 5},
+        "checkpoint": {"interval": 5, "export": "never"},
+        "output_dir": "not-used",
+    }
+    values["model"]["vocab_size"] = 264
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+class Result:
+    def __init__(self, code, captured):
+        self.code, self.out, self.err = code, captured.out, captured.err
+
+
+@pytest.fixture
+def train(config, capsys, monkeypatch):
+    """train(output, *arguments) runs the command line in a world of one and leaves it again."""
+    from megayoco.parallel.launch import stop_distributed
+    from megayoco.parallel.topology import destroy_topology
+    from megayoco.train.__main__ import main
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MEGAYOCO_THREADS", "1")
+
+    def run(output, *arguments):
+        before = dict(os.environ)
+        capsys.readouterr()
+        try:
+            code = main(["--config", str(config), f"output_dir={output}", *arguments])
+        finally:
+            destroy_topology()
+            stop_distributed()
+            os.environ.clear()
+            os.environ.update(before)
+        return Result(code, capsys.readouterr())
+
+    return run
+
+
+def metrics(directory):
+    """What a run computed, without what depends on the clock."""
+    rows = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    names = ("step", "phase", "loss", "grad_norm", "learning_rate", "tokens", "validation_loss")
+    return [{name: row[name] for name in names if name in row} for row in rows]
+
+
+def test_a_run_and_its_exact_continuation(train, tmp_path):
+    whole = tmp_path / "whole"
+    result = train(whole)
+    assert result.code == 0, result.err
+    for text in ("parameters", "tensor 1 x pipeline 1", "ZeRO 0, fp32", "phase long", "validation loss", "saved"):
+        assert text in result.out
+    rows = metrics(whole)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert [row["tokens"] for row in steps] == [128 * s for s in range(1, 5)] + [512 + 192 * s for s in range(1, 7)]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 4, 6, 9, 10]
+    full = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"tokens_per_second", "mfu", "peak_memory_bytes", "seconds_per_step", "overhead"} <= full.keys()
+    assert sorted(p.name for p in (whole / "checkpoints").glob("global_step*")) == ["global_step10", "global_step5"]
+    assert list((whole / "tensorboard").iterdir())
+
+    # the same run, killed after its checkpoint of step 5 and some steps more
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "global_step10")
+    (cut / "checkpoints" / "latest").write_text("global_step5")
+    refused = train(cut)
+    assert (refused.code, "holds another run" in refused.err) == (2, True)
+    resumed = train(cut, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "resumed at step 5" in resumed.out
+    assert metrics(cut) == rows
+
+    again = train(cut, "--resume")
+    assert again.code == 0
+    assert "The run is complete" in again.out
+    assert metrics(cut) == rows
+
+    changed = train(cut, "--resume", "model.hidden_dim=96")
+    assert (changed.code, "model.hidden_dim = 64, this run has 96" in changed.err) == (2, True)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(train, tmp_path, monkeypatch):
+    from megayoco.train import loop
+
+    real = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", lambda phase, step: float("nan") if step == 1 else real(phase, step))
+    result = train(tmp_path / "out", "checkpoint.interval=1", "validation.interval=0")
+    assert result.code == 2
+    assert result.err.startswith("error: The loss of step 3 (phase 0) is nan.")
+    assert result.err.count("\n") == 1
+    # step 2's loss is from before the bad update, so its checkpoint exists; the one of step 3 must not
+    assert not (tmp_path / "out" / "checkpoints" / "global_step3").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.train=nowhere/at-all"], "nowhere/at-all.idx does not exist"),
+        (["phases.1.data={train: nowhere/later}"], "nowhere/later.idx does not exist"),
+        (["model.vocab_size=200"], "vocab"),
+        (["phases.1.batch_size=4", "phases.1.micro_batch_size=3"], "batch_size"),
+        (["parallel.tensor=2"], "1 processes cannot be split"),
+        (["model.dim=8388608", "model.hidden_dim=8388608"], "The run needs at least"),
+        (["model.dimm=8"], "model.dimm"),
+        (["--zero-stage", "2"], "--zero-stage"),
+        (["--deepspeed_config", "nowhere.json"], "nowhere.json"),
+        (["--resume", "--overwrite"], "exclude each other"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(train, tmp_path, arguments, message):
+    output = tmp_path / "out"
+    result = train(output, *arguments)
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert not (output / "config.yaml").exists()
+
+
+def test_overwrite_keeps_the_old_run_if_the_new_one_is_refused(train, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert train(output, "--overwrite", "data.train=nowhere/at-all").code == 2
+    assert (output / "metrics.jsonl").read_text() == '{"step": 1}\n'
