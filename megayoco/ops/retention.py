@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Tokens of a piece. In smaller ones the products between pieces weigh more, in larger ones the (C x C) fades.
-CHUNK_CPU = 64
+# Tokens of a piece, by measurement. In smaller ones the products between pieces, which grow with the key dim, weigh
+# more; in larger ones the (C x C) fades.
+CHUNKS_CPU = (64, 128)
 CHUNK = 256
 
 # What the temporaries of one group of pieces may take: on CPU they should stay in the cache.
@@ -100,7 +101,7 @@ def gated_retention(
     if tokens == 0 or (tokens <= RECURRENT_TOKENS and chunk is None):
         return gated_retention_recurrent(q, k, v, log_decay, left, first_token=first_token)
     if chunk is None:
-        chunk = CHUNK_CPU if q.device.type == "cpu" else CHUNK
+        chunk = CHUNKS_CPU[q.shape[3] > 128] if q.device.type == "cpu" else CHUNK
     state = left.state.to(log_decay.dtype)
     y, state = _ChunkedRetention.apply(q, k, v, log_decay, state, first_token, min(chunk, tokens))
     return y, RetentionState(state, _total_log_decay(log_decay, left, first_token))
