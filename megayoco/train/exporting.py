@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megayoco.config import RunConfig
+from megayoco.convert.export import write_export
 from megayoco.model.parameters import canonical_parameters, gather_canonical, shards_of
 from megayoco.train.agreement import barrier
 from megayoco.train.engine import Engine
@@ -19,8 +20,6 @@ def export(engine: Engine, run: RunConfig, phase: int, tokenizer: Any, directory
     The model's config carries the rotary base of `phase`, the one that the weights were trained with last.
     """
     import deepspeed
-
-    from megayoco.convert.export import write_export
 
     partitioned = engine.config["zero_optimization"]["stage"] == 3
     topology = engine.topology

@@ -153,7 +153,7 @@ class Session:
     def _build_datasets(self, number: int) -> Datasets:
         # rank 0 builds while the others wait; an error there reaches all, one elsewhere comes after the last collective
         with all_ranks_agree():
-            datasets = build_datasets(
+            return build_datasets(
                 self.run.phase_data(number),
                 sequence_length=self.run.phases[number].sequence_length,
                 num_samples=self.timeline.samples_until_end(number),
@@ -161,7 +161,6 @@ class Session:
                 vocab_size=self.run.model.vocab_size,
                 default_cache_dir=os.path.join(self.run.output_dir, "data_cache"),
             )
-        return datasets
 
     def _datasets_of(self, number: int) -> Datasets:
         if number not in self._datasets:

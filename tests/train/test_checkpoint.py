@@ -134,5 +134,5 @@ def test_resume_and_overwrite_exclude_each_other(run):
 
 def test_an_output_that_cannot_be_written_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="output_dir .*file/out cannot be written"):
+    with pytest.raises(UserError, match=r"output_dir .*file/out cannot be written"):
         plan_output(dataclasses.replace(run, output_dir=str(tmp_path / "file" / "out")), resume=False, overwrite=False)

@@ -1,4 +1,4 @@
-"""The arithmetic behind the figures of a run: peaks, utilisation, overhead, memory, and what is kept of metrics.jsonl."""
+"""The arithmetic behind the figures of a run: peaks, utilisation, overhead, memory; and what is kept of the metrics."""
 
 import json
 import types
@@ -69,8 +69,14 @@ def test_a_step_costs_three_forward_passes_of_every_sequence():
 
 @pytest.mark.parametrize(
     ("stage", "precision", "per_parameter"),
-    [(0, "fp32", 16), (1, "fp32", 4 + 4 + 12 / 4), (2, "fp32", 4 + 4 / 4 + 12 / 4), (3, "fp32", 20 / 4)]
-    + [(1, "bf16", 2 + 2 + 12 / 4), (3, "bf16", 16 / 4)],
+    [
+        (0, "fp32", 16),
+        (1, "fp32", 4 + 4 + 12 / 4),
+        (2, "fp32", 4 + 4 / 4 + 12 / 4),
+        (3, "fp32", 20 / 4),
+        (1, "bf16", 2 + 2 + 12 / 4),
+        (3, "bf16", 16 / 4),
+    ],
 )
 def test_bytes_of_model_states_by_zero_stage(stage, precision, per_parameter):
     config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": precision == "bf16"}}

@@ -40,7 +40,7 @@ def config(prefix, tmp_path_factory):
         ],
         "validation": {"interval": 3, "batches": 2},
         "logging": {"interval": 5},
-        "checkpoint": {"interval": 5, "export": "never"},
+        "checkpoint": {"interval": 5},
         "output_dir": "not-used",
     }
     values["model"]["vocab_size"] = 264
@@ -103,6 +103,7 @@ def test_a_run_and_its_exact_continuation(train, tmp_path):
     assert {"tokens_per_second", "mfu", "peak_memory_bytes", "seconds_per_step", "overhead"} <= full.keys()
     assert sorted(p.name for p in (whole / "checkpoints").glob("global_step*")) == ["global_step10", "global_step5"]
     assert list((whole / "tensorboard").iterdir())
+    assert {"model.safetensors", "config.json"} <= {path.name for path in (whole / "export").iterdir()}
 
     # the same run, killed after its checkpoint of step 5 and some steps more
     cut = tmp_path / "cut"
