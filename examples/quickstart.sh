@@ -2,7 +2,7 @@
 # From raw text to a trained YOCO that writes text, on a machine without GPU: corpus, tokenizer, data, training in four
 # processes (tensor 2 x pipeline 2) with a checkpoint half-way, resume, generation. Takes a few minutes on two cores.
 #
-#     bash examples/quickstart.sh [key=value ...]         overrides of examples/quickstart.yaml, for training
+#     bash examples/quickstart.sh [key=value ...]         overrides of examples/quickstart.yaml for training, other than steps
 #
 # MEGAYOCO_RUN_DIR  folder of all that is written (default runs/quickstart); corpus, tokenizer and data are used again.
 # MEGAYOCO_VENV, MEGAYOCO_TORCH, MEGAYOCO_PYTHON: see tools/environment.sh.
@@ -17,7 +17,9 @@ cd "$root"
 mkdir -p "$work/data"
 
 show() {
-    printf '\n$ %s\n' "$*"
+    printf '\n$'
+    printf ' %q' "$@"
+    printf '\n'
     "$@"
 }
 
