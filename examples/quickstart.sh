@@ -39,7 +39,7 @@ train=(deepspeed --num_gpus 4 --master_port "$port" --module megayoco.train --co
 
 overwrite=()
 [ ! -e "$run" ] || overwrite=(--overwrite)
-show "${train[@]}" phases.0.steps=40 "${overwrite[@]}"
+show "${train[@]}" phases.0.steps=40 ${overwrite[@]+"${overwrite[@]}"}
 echo "quickstart: half of the steps are done; the rest starts from the checkpoint"
 show "${train[@]}" --resume
 
