@@ -191,7 +191,7 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
 def stage_specs(
     model: ModelConfig, builder: Builder, borders: list[int], recompute: bool, documents: bool
 ) -> list[LayerSpec]:
-    """What DeepSpeed builds of the whole list of layers, each stage its own part; `borders` are those of `split_stages`.
+    """What DeepSpeed builds of the list of layers, each stage its own part; `borders` are those of `split_stages`.
 
     With tied embeddings the list has one more entry, in front of the head: the last stage's copy of the embedding.
     """
