@@ -1,0 +1,175 @@
+"""python -m megayoco.generate: one real process, everything else in this one."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megayoco.convert.export import read_export, write_export
+from megayoco.data.tokenizer import ByteTokenizer
+from megayoco.generate import __main__ as command
+from megayoco.generate.generation import generate
+from megayoco.generate.loading import load_decoder
+from megayoco.generate.sampling import GREEDY, Sampling
+from tests.generate.models import MODELS, build, weights
+
+SUMMARY = (
+    r"prompt (\d+) tokens, new (\d+) tokens, prefill [\d,.]+ tokens/s, decode ([\d,.]+ tokens/s|none),"
+    r" cache ([\d,]+) bytes\n"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory with an export."""
+    folder = tmp_path_factory.mktemp("run")
+    write_export(folder / "export", MODELS["retention"], weights(build("retention")), ByteTokenizer())
+    (folder / "checkpoints" / "global_step3").mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def main(run):
+    """The command in this process, on the CPU."""
+
+    def call(*arguments, model=run):
+        return command.main(["--model", str(model), "--device", "cpu", *arguments])
+
+    return call
+
+
+def expected(run, prompt, count, sampling):
+    decoder = load_decoder(read_export(run / "export"), torch.float32, torch.device("cpu"))
+    tokenizer = ByteTokenizer()
+    tokens = list(generate(decoder, tokenizer.encode(prompt) or [256], count, sampling, stop=[256], vocab_size=257))
+    return tokenizer.decode(tokens), len(tokens)
+
+
+def test_command_line_as_a_process(run):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONIOENCODING": "ascii"}
+    arguments = ["--prompt", "def é", "--max-new-tokens", "12", "--seed", "4", "--top-k", "50", "--prefill-chunk", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megayoco.generate", "--model", str(run), *arguments],
+        capture_output=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    text, count = expected(run, "def é", 12, Sampling(temperature=0.8, top_k=50, seed=4))
+    assert done.stdout.decode("utf-8") == f"def é{text}\n"
+    # nothing else: no library has a word to say
+    match = re.fullmatch(SUMMARY, done.stderr.decode())
+    assert match, done.stderr.decode()
+    assert (match[1], match[2]) == ("6", str(count))
+
+
+def test_prompt_file_is_not_repeated(run, main, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("class Ü:\n", encoding="utf-8")
+    assert main("--prompt-file", str(tmp_path / "prompt.txt"), "--greedy", "--max-new-tokens", "8") == 0
+    out, err = capsys.readouterr()
+    text, count = expected(run, "class Ü:\n", 8, GREEDY)
+    assert out == text + "\n"
+    match = re.fullmatch(SUMMARY, err)
+    # two states of (2, 16, 16) and (2,); keys and values of 2 heads of 8; the last new token is not in it
+    size = 4 * (2 * (2 * 16 * 16 + 2) + (10 + count - 1) * 2 * 2 * 8)
+    assert match.groups()[:2] + match.groups()[3:] == ("10", str(count), f"{size:,}")
+
+
+def test_an_empty_prompt_starts_a_document_and_an_export_serves_as_well(run, main, capsys):
+    assert main("--prompt", "", "--greedy", "--max-new-tokens", "1", model=run / "export") == 0
+    out, err = capsys.readouterr()
+    assert out == expected(run, "", 1, GREEDY)[0] + "\n"
+    assert re.fullmatch(SUMMARY, err).groups()[:3] == ("1", "1", "none")
+
+
+def test_bfloat16_and_temperature_zero(main, capsys):
+    assert main("--prompt", "x", "--temperature", "0", "--dtype", "bfloat16", "--max-new-tokens", "3") == 0
+    cache = 4 * 2 * (2 * 16 * 16 + 2) + 2 * 3 * 2 * 2 * 8
+    assert f"cache {cache:,} bytes" in capsys.readouterr().err
+
+
+def test_stops_at_the_end_of_a_document(tmp_path, main, capsys):
+    # hidden states of the head are all ones, and only the row of the end of a document likes ones
+    tensors = weights(build("retention"))
+    tensors["lm_head.weight"] = torch.zeros(264, 32)
+    for layer in range(4):
+        tensors[f"layers.{layer}.mixer.out_proj.weight"].zero_()
+        tensors[f"layers.{layer}.ffn.down_proj.weight"].zero_()
+    tensors["embed_tokens.weight"].fill_(1.0)
+    tensors["lm_head.weight"][256] = 1.0
+    tensors["lm_head.weight"][257] = 2.0  # padding, never chosen
+    write_export(tmp_path / "e", MODELS["retention"], tensors, ByteTokenizer())
+    assert main("--prompt", "ab", "--max-new-tokens", "9", "--greedy", model=tmp_path / "e") == 0
+    out, err = capsys.readouterr()
+    assert out == "ab\n"
+    assert "new 1 tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --prompt --prompt-file is required. See python -m megayoco.generate --help"),
+        (["--prompt", "x", "--prompt-file", "y"], "not allowed with argument"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0."),
+        (["--prompt", "x", "--prefill-chunk", "-1"], "--prefill-chunk must be at least 1, got -1."),
+        (["--prompt", "x", "--max-new", "3"], "unrecognized arguments: --max-new 3"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature must be"),
+        (["--prompt", "x", "--top-k", "0"], "top_k must be at least 1"),
+        (["--prompt", "x", "--top-p", "2"], "top_p must be above 0"),
+        (["--prompt", "x", "--greedy", "--top-k", "3"], "--greedy draws nothing"),
+        (["--prompt", "x", "--dtype", "float16"], "--dtype: invalid choice"),
+        (["--prompt", "x", "--device", "gpu"], "--device gpu is no device of torch"),
+        (["--prompt", "x", "--device", "meta"], "--device meta is not supported"),
+        (["--prompt", "x", "--device", "cuda:99"], "--device cuda:99: torch sees"),
+        (["--prompt-file", "/nowhere/prompt"], "--prompt-file /nowhere/prompt cannot be read: No such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_of_the_command_line(main, capsys, arguments, message):
+    assert main(*arguments) == 2
+    refused(capsys, message)
+
+
+def refused(capsys, *parts):
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def test_errors_of_the_model(main, tmp_path, capsys):
+    def check(folder, *parts):
+        assert main("--prompt", "x", model=folder) == 2
+        refused(capsys, str(folder), *parts)
+
+    check(tmp_path / "none", "does not exist. Give a run directory")
+    (tmp_path / "file").touch()
+    check(tmp_path / "file", "is a file")
+    check(tmp_path, "is neither a run directory nor an export")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    check(tmp_path, "does not describe an export of MegaYOCO")
+    (tmp_path / "checkpoints").mkdir()
+    check(tmp_path, "has no checkpoint yet")
+    (tmp_path / "checkpoints" / "global_step7").mkdir()
+    check(tmp_path, "has checkpoints but no export yet", "--resume", "checkpoint.export=every")
+    (tmp_path / "export").mkdir()
+    check(tmp_path, "export/config.json", "No such file")
+
+
+def test_a_prompt_file_in_another_encoding(main, tmp_path, capsys):
+    (tmp_path / "p").write_bytes(b"caf\xe9")
+    assert main("--prompt-file", str(tmp_path / "p")) == 2
+    refused(capsys, "is not UTF-8 (byte 3)")
+
+
+def test_weights_that_are_not_finite(main, tmp_path, capsys):
+    tensors = weights(build("llama"))
+    tensors["norm.weight"][3] = torch.nan
+    write_export(tmp_path / "e", MODELS["llama"], tensors, ByteTokenizer())
+    assert main("--prompt", "x", model=tmp_path / "e") == 2
+    assert "error: the model's logits are not finite" in capsys.readouterr().err
