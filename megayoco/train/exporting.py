@@ -12,12 +12,13 @@ from megayoco.convert.export import write_export
 from megayoco.model.parameters import canonical_parameters, gather_canonical, shards_of
 from megayoco.train.agreement import barrier
 from megayoco.train.engine import Engine
+from megayoco.train.phases import Timeline
 
 
-def export(engine: Engine, run: RunConfig, phase: int, tokenizer: Any, directory: Path) -> None:
+def export(engine: Engine, run: RunConfig, step: int, tokenizer: Any, directory: Path) -> None:
     """Gather the weights of all ranks and write them on rank 0. Collective.
 
-    The model's config carries the rotary base of `phase`, the one that the weights were trained with last.
+    The model's config carries the rotary base of the phase that `step` finished steps have reached.
     """
     import deepspeed
 
@@ -33,6 +34,9 @@ def export(engine: Engine, run: RunConfig, phase: int, tokenizer: Any, directory
     if speaks:
         tensors = gather_canonical(local, shards_of(engine.module), topology)
         if topology.rank == 0:
-            model = dataclasses.replace(run.model, rope_theta=run.phase_rope_theta(phase))
-            write_export(directory, model, tensors, tokenizer)
+            position = Timeline.of(run).position(step)
+            last = position.phase - (position.phase_step == 0 and position.phase > 0)
+            model = dataclasses.replace(run.model, rope_theta=run.phase_rope_theta(last))
+            facts = {"step": step, "tokens": position.tokens, "seed": run.seed}
+            write_export(directory, model, tensors, tokenizer, facts=facts)
     barrier()

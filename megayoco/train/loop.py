@@ -129,7 +129,7 @@ class Trainer:
         if self._timeline.is_end_of_phase(step) or (validation and step % validation == 0):
             self._validate(step, phase)
         if saving and step % saving == 0 and step < self._timeline.total_steps:
-            self._save(step, phase, self._run.checkpoint.export == "every")
+            self._save(step, self._run.checkpoint.export == "every")
         self._clock.excluded_seconds += time.perf_counter() - before
 
     def _validate(self, step: int, phase: int) -> None:
@@ -142,14 +142,14 @@ class Trainer:
         self._report.record({"step": step, "phase": label, "validation_loss": loss})
         self._report.scalars(step, {"validation/loss": loss})
 
-    def _save(self, step: int, phase: int, exporting: bool) -> None:
+    def _save(self, step: int, exporting: bool) -> None:
         session = self._session
         self._report.flush()  # metrics on disk reach at least as far as the checkpoint
         folder = checkpoint.save(session.engine, self._run, session.plan.checkpoints, step)
         self._report.line(f"step {step}  saved {folder}")
         if exporting:
             directory = session.directory / "export"
-            export(session.engine, self._run, phase, session.tokenizer, directory)
+            export(session.engine, self._run, step, session.tokenizer, directory)
             self._report.line(f"step {step}  exported {directory}")
 
     def _finish(self, step: int) -> None:
@@ -157,4 +157,4 @@ class Trainer:
         exporting = self._run.checkpoint.export != "never"
         if done and (not exporting or (self._session.directory / "export").exists()):
             return
-        self._save(step, self._timeline.position(step).phase, exporting)
+        self._save(step, exporting)
