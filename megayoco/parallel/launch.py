@@ -271,6 +271,8 @@ def start_distributed(environ: MutableMapping[str, str] = os.environ) -> tuple[L
         # DeepSpeed otherwise asks the machine again, and may find another answer than we did
         environ.setdefault("DS_ACCELERATOR", device.type)
         if device.type == "cuda":
+            # without it cuBLAS may choose another order of summation from one run to the next
+            environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.cuda.set_device(device)
         import deepspeed  # late: it reads DS_ACCELERATOR and takes seconds
 
