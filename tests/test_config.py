@@ -67,8 +67,8 @@ def test_overrides_reach_into_lists_and_absent_sections_and_apply_in_order(run_y
         ],
     )
     assert (run.parallel.tensor, run.phases[0].steps, run.seed) == (2, 30, 5)
-    assert run.phase_data(0).train_sources() == [DataSource(prefix="a", weight=0.3), DataSource(prefix="b", weight=0.7)]
-    assert run.data.train_sources() == [DataSource(prefix="data/corpus")]
+    assert run.phase_data(0).train == [0.3, "a", 0.7, "b"]
+    assert run.data.train == "data/corpus"
 
 
 def test_saved_config_is_read_back_equal_and_needs_no_preset(run_yaml, tmp_path):
@@ -269,18 +269,12 @@ def test_kv_heads_are_split_or_replicated(kv_heads):
 
 
 @pytest.mark.parametrize(
-    ("train", "sources"),
-    [
-        ("a", [("a", 1.0)]),
-        (["a", "b"], [("a", 1.0), ("b", 1.0)]),
-        ([3, "a", 0.5, "b"], [("a", 3.0), ("b", 0.5)]),
-        ([{"prefix": "a"}, {"prefix": "b", "weight": 2}], [("a", 1.0), ("b", 2.0)]),
-    ],
+    "train", ["a", ["a", "b"], [3, "a", 0.5, "b"], [{"prefix": "a"}, {"prefix": "b", "weight": 2}]]
 )
-def test_blends_in_every_grammar(train, sources):
+def test_blends_in_every_grammar(train):
+    """data/blend.py reads them (tests/data/test_blend.py); the config only refuses what has no meaning."""
     data = DataConfig(train=train, valid=train)
-    assert [(source.prefix, source.weight) for source in data.train_sources()] == sources
-    assert data.valid_sources() == data.train_sources()
+    assert data.train == data.valid
 
 
 @pytest.mark.parametrize(
@@ -291,8 +285,8 @@ def test_other_blends_are_refused(train):
         DataConfig(train=train)
 
 
-def test_split_as_fractions():
-    assert DataConfig(train="a", split="6,3,1").split_fractions() == pytest.approx((0.6, 0.3, 0.1))
+def test_split_is_three_parts():
+    assert DataConfig(train="a", split="6,3,1").split == "6,3,1"
     for wrong in ("1,1", "0,1,1", "1,-1,1", "1,x,1", "inf,1,1", "1,nan,1"):
         with pytest.raises(ValidationError, match="three parts"):
             DataConfig(train="a", split=wrong)

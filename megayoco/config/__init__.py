@@ -1,6 +1,6 @@
 """The run as typed dataclasses: model, parallel, data, phases, optimizer; YAML files with dotted overrides."""
 
-from megayoco.config.data import Blend, DataConfig, DataSource, PhaseDataConfig, blend_sources
+from megayoco.config.data import Blend, DataConfig, DataSource, PhaseDataConfig
 from megayoco.config.loader import load_config, model_config_from_dict, model_config_to_dict, save_config
 from megayoco.config.model import ModelConfig
 from megayoco.config.parallel import ParallelConfig
@@ -26,7 +26,6 @@ __all__ = [
     "PhaseDataConfig",
     "RunConfig",
     "ValidationConfig",
-    "blend_sources",
     "load_config",
     "model_config_from_dict",
     "model_config_to_dict",

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import field_validator
 from pydantic.dataclasses import dataclass
 
-from megayoco.config.base import SECTION, PositiveFloat, PositiveInt, refuse
+from megayoco.config.base import SECTION, PositiveFloat, refuse
 
 GRAMMAR = (
     "must be a dataset prefix, a list of prefixes, a list of weight, prefix, weight, prefix, ...,"
@@ -57,16 +57,6 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def blend_sources(blend: Blend) -> list[DataSource]:
-    """The blend as a list of datasets with weights; datasets without a weight weigh 1."""
-    if isinstance(blend, str):
-        return [DataSource(prefix=blend)]
-    if any(isinstance(item, int | float) for item in blend):
-        pairs = zip(blend[::2], blend[1::2], strict=True)
-        return [DataSource(prefix=str(prefix), weight=float(weight)) for weight, prefix in pairs]  # type: ignore[arg-type]
-    return [item if isinstance(item, DataSource) else DataSource(prefix=str(item)) for item in blend]
-
-
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class DataConfig:
     """What is read. Blends follow Megatron's grammar: PREFIX, [PREFIX, ...], [WEIGHT, PREFIX, WEIGHT, PREFIX, ...]."""
@@ -92,9 +82,6 @@ class DataConfig:
     cache_dir: str | None = None
     """Directory of the sample indices that are computed once per dataset. Default: beside the run."""
 
-    workers: PositiveInt = 1
-    """Loader threads or processes of each rank."""
-
     @field_validator("train", "valid", mode="before")
     @classmethod
     def _blend(cls, value: Any, info: Any) -> Any:
@@ -104,18 +91,6 @@ class DataConfig:
     @classmethod
     def _split(cls, value: str) -> str:
         return check_split(value)
-
-    def split_fractions(self) -> tuple[float, float, float]:
-        """`split` as fractions of one: training, validation, test."""
-        return _fractions(self.split)
-
-    def train_sources(self) -> list[DataSource]:
-        """`train` as a list of datasets with weights."""
-        return blend_sources(self.train)
-
-    def valid_sources(self) -> list[DataSource] | None:
-        """`valid` as a list of datasets with weights; None if `split` decides."""
-        return None if self.valid is None else blend_sources(self.valid)
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -146,9 +121,3 @@ def check_split(value: str) -> str:
     if len(parts) != 3 or parts[0] == 0 or not all(0 <= part < math.inf for part in parts):
         refuse("split", f"must be three parts for training, validation and test such as 99,1,0, got {value!r}")
     return value
-
-
-def _fractions(split: str) -> tuple[float, float, float]:
-    train, valid, test = (float(part) for part in split.split(","))
-    total = train + valid + test
-    return train / total, valid / total, test / total

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol, TypedDict, TypeVar
 import numpy as np
 import torch
 
+from megayoco.config import DataConfig
 from megayoco.data.blend import Source, parse_blend
 from megayoco.data.indexed import check_prefix, read_index, read_meta
 from megayoco.data.tokenizer import Tokenizer, build_tokenizer
@@ -55,17 +56,6 @@ class SampleSource(Protocol):
     def __getitem__(self, number: int) -> Sample: ...
 
 
-class DataSettings(Protocol):
-    """The fields of DataConfig that are read here."""
-
-    train: Any
-    valid: Any
-    split: str
-    tokenizer_type: str | None
-    tokenizer_model: str | None
-    cache_dir: str | None
-
-
 @dataclasses.dataclass(frozen=True)
 class Datasets:
     """The samples of one phase; valid is None if there is nothing to validate on."""
@@ -75,7 +65,7 @@ class Datasets:
 
 
 def build_datasets(
-    data: DataSettings,
+    data: DataConfig,
     *,
     sequence_length: int,
     num_samples: int,
@@ -117,7 +107,7 @@ def build_datasets(
     return rank_zero_first(build)
 
 
-def resolve_tokenizer(data: DataSettings) -> Tokenizer:
+def resolve_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer of a run: the one the config names, else the one that the first dataset's meta file names.
 
     Raises:
