@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any, NamedTuple
 
 import torch
@@ -151,7 +151,20 @@ class Engine:
                     documents=self._documents,
                     **common,  # type: ignore[arg-type]
                 )
-        return build_decoder(run.model, self.topology, **common)  # type: ignore[arg-type]
+        with self._cut_while_building():
+            return build_decoder(run.model, self.topology, **common)  # type: ignore[arg-type]
+
+    def _cut_while_building(self) -> AbstractContextManager[Any]:
+        """ZeRO 3 cuts each parameter as soon as it is made: the whole model never lies in one process."""
+        if self.config["zero_optimization"]["stage"] != 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.Init(  # type: ignore[no-any-return]
+            data_parallel_group=self.topology.gradient_group,
+            config_dict_or_path=self.config,
+            mpu=self.topology.mpu(),
+        )
 
     def _to_device(self, batch: MicroBatch) -> MicroBatch:
         starts = batch.document_starts
@@ -208,6 +221,8 @@ def engine_config(ds_config: dict[str, Any]) -> dict[str, Any]:
     config.pop("gradient_allreduce_op", None)
     # DeepSpeed times steps with two device synchronisations each; the trainer has its own clock
     config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
+    # ZeRO 3 would replace F.linear in the whole process, for good
+    config["zero_optimization"].setdefault("memory_efficient_linear", False)
     if precision(config) != "fp32" and config["zero_optimization"]["stage"] == 0:
         # the norm of DeepSpeed's 16-bit optimizer without ZeRO leaves out the shards of all tensor ranks but the first;
         # ZeRO 1 does the same arithmetic and counts right
