@@ -20,6 +20,8 @@ REQUIRES = [
     "tiktoken>=0.9",
     "tokenizers>=0.21",
     "torch>=2.11",
+    # megatron-core imports it from 0.19 on, GPU or not; 0.19 needs Python 3.12
+    'triton>=3.4; python_version >= "3.12" and platform_system == "Linux"',
 ]
 TEST = ["pytest>=8.0", "pytest-timeout>=2.3", "transformers>=5.0"]
 EXTRAS = {

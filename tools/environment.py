@@ -14,6 +14,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from pip._vendor.packaging.requirements import Requirement
@@ -39,16 +40,20 @@ class InstallError(Exception):
 
 
 def requirements(extra: str) -> list[Requirement]:
+    """What setup.py asks for on this Python and system."""
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="requirements")
     lines = [*setup["REQUIRES"], *(setup["EXTRAS"][extra] if extra else [])]
-    return [Requirement(line) for line in lines]
+    return _holding(Requirement(line) for line in lines)
 
 
 def constraints() -> list[Requirement]:
     """The lines of constraints.txt that hold for this Python."""
     lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
-    pins = [Requirement(line) for line in lines if line]
-    return [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]
+    return _holding(Requirement(line) for line in lines if line)
+
+
+def _holding(items: Iterable[Requirement]) -> list[Requirement]:
+    return [item for item in items if item.marker is None or item.marker.evaluate()]
 
 
 def installed() -> dict[str, str]:
