@@ -114,7 +114,8 @@ def install(extra: str, *, keep: dict[str, str]) -> None:
         if torch:
             pip_run("installing torch", "install", *torch)
             done.write_text(" ".join(torch))
-            keep = {**keep, "torch": installed()["torch"]}
+            # a CUDA build brings the one triton it works with
+            keep = {**keep, **{name: installed()[name] for name in ("torch", "triton") if name in installed()}}
     pins = {canonicalize_name(pin.name): pin for pin in constraints()} | {
         name: Requirement(f"{name}=={version}") for name, version in keep.items()
     }

@@ -144,6 +144,8 @@ def test_every_requirement_has_one_tested_version(python: str) -> None:
             pins[pin.name.lower()] = pin
     for line in [*setup["REQUIRES"], *setup["EXTRAS"]["dev"], *setup["EXTRAS"]["mpi"]]:
         wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"python_version": python}):
+            continue
         (pinned,) = pins[wanted.name.lower()].specifier
         assert pinned.operator == "==" and wanted.specifier.contains(pinned.version), line
 
