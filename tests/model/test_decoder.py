@@ -146,9 +146,9 @@ def test_documents_packed_in_a_row_do_not_see_each_other(name):
 
     def gradients(*calls: tuple[Tensor, ...]) -> tuple[float, dict[str, Tensor]]:
         decoder = build(name)
-        total = sum(decoder(*call)[0] for call in calls)
-        total.backward()  # type: ignore[union-attr]
-        return float(total), {key: value.grad for key, value in canonical_parameters(decoder).items()}
+        total = torch.stack([decoder(*call)[0] for call in calls]).sum()
+        total.backward()
+        return total.item(), {key: value.grad for key, value in canonical_parameters(decoder).items()}
 
     packed_loss, packed = gradients((ids, targets, starts))
     alone_loss, alone = gradients((ids[:, :13], targets[:, :13]), (ids[:, 13:], targets[:, 13:]))
