@@ -90,7 +90,7 @@ def measured_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0
 
 
 def find_peak(device: torch.device, precision: str) -> Peak:
-    """The peak of the whole world. Collective: without a table entry every rank measures at the same time."""
+    """The peak of the whole world. Collective: without a table entry every rank measures at the same time (0.6 s)."""
     world = dist.get_world_size()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -98,11 +98,15 @@ def find_peak(device: torch.device, precision: str) -> Peak:
         if known is not None:
             return Peak(known * world, f"{known / 1e12:.0f} TFLOP/s per {name}, {precision}, from the device table")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    dist.barrier()
-    # fp64: an fp32 sum of 1e14 over many ranks would lose digits, and gloo has no other reason to care
-    total = torch.tensor(measured_matmul(device, dtype), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return Peak(total.item(), f"{total.item() / 1e12:.3g} TFLOP/s over all processes, {precision}, measured at start")
+    best = 0.0
+    # the best of three, since other work on the machine only slows it down
+    for _ in range(3):
+        dist.barrier()
+        # fp64: an fp32 sum of 1e14 over many ranks would lose digits, and gloo has no other reason to care
+        total = torch.tensor(measured_matmul(device, dtype), dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        best = max(best, total.item())
+    return Peak(best, f"{best / 1e12:.3g} TFLOP/s over all processes, {precision}, measured at start")
 
 
 def model_flops_per_step(model: ModelConfig, sequence_length: int, batch_size: int) -> float:
