@@ -9,12 +9,13 @@ Shapes: B batch, T tokens of the chunk, S tokens remembered, g key-value heads o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megayoco.ops.rotary import rotary_frequencies, rotary_table
+from megayoco.ops.rotary import apply_rotary, rotary_frequencies, rotary_table
 
 
 class KeyValues(NamedTuple):
@@ -91,3 +92,18 @@ class Positions:
         """The last `count` tokens."""
         start = None if self.start is None else self.start[:, -count:]
         return Positions(self.index[..., -count:], start)
+
+
+@dataclass
+class Rotary:
+    """Rotary embedding of one layer's queries and keys. `theta` may change between the phases of a run."""
+
+    head_dim: int
+    theta: float
+    layout: str
+    """`interleaved` (official YOCO) or `half_split` (LLaMA); it also decides the frequencies."""
+
+    def __call__(self, x: Tensor, positions: Positions) -> Tensor:
+        """(B, T, h K) as a projection gives it -> (B, T, h, K), rotated by the tokens' global positions."""
+        cos, sin = positions.rotary(self.head_dim, self.theta, self.layout)
+        return apply_rotary(x.unflatten(-1, (-1, self.head_dim)), cos, sin, self.layout)

@@ -11,31 +11,26 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megayoco.layers.context import KeyValues, Positions
+from megayoco.layers.context import KeyValues, Positions, Rotary
 from megayoco.layers.linear import Builder, ColumnLinear, Init, RowLinear
 from megayoco.ops.attention import causal_attention
-from megayoco.ops.rotary import apply_rotary
 from megayoco.parallel.collectives import sum_gradient
 
 
 class CrossAttention(nn.Module):
     """(x, positions, left) -> (y, right). Adds no keys of its own, so right is left."""
 
-    def __init__(
-        self, dim: int, heads: int, rope_theta: float, rotary_layout: str, name: str, init: Init, builder: Builder
-    ) -> None:
+    def __init__(self, dim: int, heads: int, rotary: Rotary, name: str, init: Init, builder: Builder) -> None:
         super().__init__()
         self.head_dim = dim // heads
-        self.rope_theta = rope_theta
-        self.rotary_layout = rotary_layout
+        self.rotary = rotary
         self.group = builder.group
         self.q_proj = ColumnLinear(dim, dim, f"{name}.q_proj", init, builder)
         self.out_proj = RowLinear(dim, dim, f"{name}.out_proj", init, builder)
 
     def forward(self, x: Tensor, positions: Positions, left: KeyValues) -> tuple[Tensor, KeyValues]:
         x = sum_gradient(x, self.group)
-        cos, sin = positions.rotary(self.head_dim, self.rope_theta, self.rotary_layout)
-        q_BThK = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, self.rotary_layout)
+        q_BThK = self.rotary(self.q_proj(x), positions)
         y_BThK = causal_attention(
             q_BThK,
             left.key,

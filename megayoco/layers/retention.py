@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megayoco.layers.context import Positions
+from megayoco.layers.context import Positions, Rotary
 from megayoco.layers.linear import Builder, ColumnLinear, Init, RowLinear
 from megayoco.ops.norm import rms_norm
 from megayoco.ops.retention import RetentionState, gated_retention
-from megayoco.ops.rotary import apply_rotary
 from megayoco.parallel.collectives import sum_gradient
 
 GATE_TEMPERATURE = 16
@@ -32,8 +31,7 @@ class GatedRetention(nn.Module):
         dim: int,
         heads: int,
         norm_eps: float,
-        rope_theta: float,
-        rotary_layout: str,
+        rotary: Rotary,
         name: str,
         init_in: Init,
         init_gate: Init,
@@ -44,8 +42,7 @@ class GatedRetention(nn.Module):
         self.head_dim = dim // heads
         self.local_heads = heads // builder.ranks
         self.norm_eps = norm_eps
-        self.rope_theta = rope_theta
-        self.rotary_layout = rotary_layout
+        self.rotary = rotary
         self.group = builder.group
         self.q_proj = ColumnLinear(dim, dim, f"{name}.q_proj", init_in, builder)
         self.k_proj = ColumnLinear(dim, dim, f"{name}.k_proj", init_in, builder)
@@ -64,9 +61,8 @@ class GatedRetention(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, left: RetentionState) -> tuple[Tensor, RetentionState]:
         x = sum_gradient(x, self.group)
-        cos, sin = positions.rotary(self.head_dim, self.rope_theta, self.rotary_layout)
-        q_BThK = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, self.rotary_layout)
-        k_BThK = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, self.rotary_layout)
+        q_BThK = self.rotary(self.q_proj(x), positions)
+        k_BThK = self.rotary(self.k_proj(x), positions)
         v_BThK = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         # the gate leaves the matrix product in x's dtype; the decay must not (a bf16 decay near 1 never fades)
         gate_BTh = self.gt_proj(x).to(left.state.dtype)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megayoco.layers.context import KeyValues, Positions
+from megayoco.layers.context import KeyValues, Positions, Rotary
 from megayoco.layers.linear import Builder, ColumnLinear, Init, KeyValueLinear, RowLinear
 from megayoco.ops.attention import causal_attention
-from megayoco.ops.rotary import apply_rotary
 from megayoco.parallel.collectives import sum_gradient
 
 
@@ -27,8 +26,7 @@ class SelfAttention(nn.Module):
         heads: int,
         kv_heads: int,
         window: int | None,
-        rope_theta: float,
-        rotary_layout: str,
+        rotary: Rotary,
         name: str,
         init: Init,
         builder: Builder,
@@ -37,8 +35,7 @@ class SelfAttention(nn.Module):
         self.head_dim = dim // heads
         self.local_kv_heads = max(kv_heads // builder.ranks, 1)
         self.window = window
-        self.rope_theta = rope_theta
-        self.rotary_layout = rotary_layout
+        self.rotary = rotary
         self.group = builder.group
         self.q_proj = ColumnLinear(dim, dim, f"{name}.q_proj", init, builder)
         self.k_proj = KeyValueLinear(dim, kv_heads, self.head_dim, f"{name}.k_proj", init, builder)
@@ -51,9 +48,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, left: KeyValues) -> tuple[Tensor, KeyValues]:
         x = sum_gradient(x, self.group)
-        cos, sin = positions.rotary(self.head_dim, self.rope_theta, self.rotary_layout)
-        q_BThK = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, self.rotary_layout)
-        k_BTgK = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, self.rotary_layout)
+        q_BThK = self.rotary(self.q_proj(x), positions)
+        k_BTgK = self.rotary(self.k_proj(x), positions)
         v_BTgK = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         seen = left.combine(KeyValues(k_BTgK, v_BTgK))
         y_BThK = causal_attention(

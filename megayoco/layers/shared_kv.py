@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megayoco.layers.context import KeyValues, Positions
+from megayoco.layers.context import KeyValues, Positions, Rotary
 from megayoco.layers.linear import Builder, Init, KeyValueLinear, RMSNorm
-from megayoco.ops.rotary import apply_rotary
 from megayoco.parallel.collectives import sum_gradient
 
 
@@ -26,8 +25,7 @@ class SharedKeyValues(nn.Module):
         kv_heads: int,
         head_dim: int,
         norm_eps: float,
-        rope_theta: float,
-        rotary_layout: str,
+        rotary: Rotary,
         name: str,
         init: Init,
         builder: Builder,
@@ -35,8 +33,7 @@ class SharedKeyValues(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.local_kv_heads = max(kv_heads // builder.ranks, 1)
-        self.rope_theta = rope_theta
-        self.rotary_layout = rotary_layout
+        self.rotary = rotary
         self.group = builder.group
         self.norm = RMSNorm(dim, norm_eps, f"{name}.norm", builder)
         self.k_proj = KeyValueLinear(dim, kv_heads, head_dim, f"{name}.k_proj", init, builder)
@@ -48,7 +45,6 @@ class SharedKeyValues(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, left: KeyValues) -> tuple[Tensor, KeyValues]:
         h = sum_gradient(self.norm(x), self.group)
-        cos, sin = positions.rotary(self.head_dim, self.rope_theta, self.rotary_layout)
-        k_BTgK = apply_rotary(self.k_proj(h).unflatten(-1, (-1, self.head_dim)), cos, sin, self.rotary_layout)
+        k_BTgK = self.rotary(self.k_proj(h), positions)
         v_BTgK = self.v_proj(h).unflatten(-1, (-1, self.head_dim))
         return x, left.combine(KeyValues(k_BTgK, v_BTgK))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megayoco.config import ModelConfig
-from megayoco.layers.context import Positions
+from megayoco.layers.context import Positions, Rotary
 from megayoco.layers.cross_attention import CrossAttention
 from megayoco.layers.feed_forward import FeedForward
 from megayoco.layers.linear import (
@@ -95,13 +95,16 @@ def _matrix_init(model: ModelConfig, fan_in: int) -> Init:
     return LLAMA_INIT if model.pattern == "llama" else fan_in_uniform(fan_in)
 
 
+def _rotary(model: ModelConfig, head_dim: int) -> Rotary:
+    return Rotary(head_dim, model.rope_theta, model.rotary_layout)
+
+
 def _retention(model: ModelConfig, name: str, builder: Builder) -> nn.Module:
     return GatedRetention(
         model.dim,
         model.num_self_heads,
         model.norm_eps,
-        model.rope_theta,
-        model.rotary_layout,
+        _rotary(model, model.self_head_dim),
         name,
         init_in=xavier_uniform(model.dim, model.dim, 2**-2.5),
         init_gate=xavier_uniform(model.num_self_heads, model.dim, 2**-2.5),
@@ -112,21 +115,19 @@ def _retention(model: ModelConfig, name: str, builder: Builder) -> nn.Module:
 
 def _window(model: ModelConfig, name: str, builder: Builder) -> nn.Module:
     heads, init = model.num_self_heads, _matrix_init(model, model.dim)
-    return SelfAttention(
-        model.dim, heads, heads, model.window, model.rope_theta, model.rotary_layout, name, init, builder
-    )
+    rotary = _rotary(model, model.self_head_dim)
+    return SelfAttention(model.dim, heads, heads, model.window, rotary, name, init, builder)
 
 
 def _full(model: ModelConfig, name: str, builder: Builder) -> nn.Module:
     init = _matrix_init(model, model.dim)
-    return SelfAttention(
-        model.dim, model.heads, model.num_kv_heads, None, model.rope_theta, model.rotary_layout, name, init, builder
-    )
+    rotary = _rotary(model, model.head_dim)
+    return SelfAttention(model.dim, model.heads, model.num_kv_heads, None, rotary, name, init, builder)
 
 
 def _cross(model: ModelConfig, name: str, builder: Builder) -> nn.Module:
     init = _matrix_init(model, model.dim)
-    return CrossAttention(model.dim, model.heads, model.rope_theta, model.rotary_layout, name, init, builder)
+    return CrossAttention(model.dim, model.heads, _rotary(model, model.head_dim), name, init, builder)
 
 
 # A new mixer is one file in layers/ and one line here; memory attention (LongLLaMA) takes its place beside "full".
@@ -160,8 +161,7 @@ def build_layer(model: ModelConfig, position: int, builder: Builder) -> Layer | 
             model.num_kv_heads,
             model.head_dim,
             model.norm_eps,
-            model.rope_theta,
-            model.rotary_layout,
+            _rotary(model, model.head_dim),
             "shared_kv",
             _matrix_init(model, model.dim),
             builder,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megayoco.config import ModelConfig
-from megayoco.layers.context import Positions
+from megayoco.layers.context import Positions, Rotary
 from megayoco.layers.linear import Builder
 from megayoco.layers.shared_kv import SharedKeyValues
 from megayoco.model.blocks import Head, Layer, build_embedding, build_layer
@@ -150,8 +150,9 @@ def run_block(
 def set_rope_theta(module: nn.Module, theta: float) -> None:
     """Changes the rotary base of every layer inside `module`."""
     for part in module.modules():
-        if hasattr(part, "rope_theta"):
-            part.rope_theta = theta  # type: ignore[assignment]
+        rotary = getattr(part, "rotary", None)
+        if isinstance(rotary, Rotary):
+            rotary.theta = theta
 
 
 def build_decoder(
