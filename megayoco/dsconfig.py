@@ -6,7 +6,9 @@ config says (batch sizes, clipping, optimizer, schedule, parallel sizes) is fill
 repeats a number it must agree, "auto" leaves it to the run's config.
 """
 
+import copy
 import difflib
+import importlib.util
 import os
 import typing
 from collections.abc import Iterable
@@ -35,27 +37,38 @@ from megayoco.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-_SCALARS = {
+_BATCH_KEYS = (
     constants.TRAIN_BATCH_SIZE,
     constants.TRAIN_MICRO_BATCH_SIZE_PER_GPU,
     constants.GRADIENT_ACCUMULATION_STEPS,
-    constants.MANAGED_GRADIENT_ACCUMULATION,
-    constants.GRADIENT_CLIPPING,
-    constants.GRADIENT_ALLREDUCE_OP,
-    constants.GRADIENT_PREDIVIDE_FACTOR,
+)
+_SWITCHES = {
     constants.PRESCALE_GRADIENTS,
-    constants.COMMUNICATION_DATA_TYPE,
-    constants.SEQ_PARALLEL_COMMUNICATION_DATA_TYPE,
     constants.DISABLE_ALLGATHER,
     constants.DISABLE_PYTHON_GC,
     constants.ZERO_ALLOW_UNTESTED_OPTIMIZER,
     constants.ZERO_FORCE_DS_CPU_OPTIMIZER,
-    constants.STEPS_PER_PRINT,
     constants.WALL_CLOCK_BREAKDOWN,
     constants.MEMORY_BREAKDOWN,
     constants.DUMP_STATE,
     constants.DATALOADER_DROP_LAST,
-    constants.LOG_LEVEL,
+}
+_DATA_TYPES = ("fp32", "bf16", "fp16", None)
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    constants.GRADIENT_ALLREDUCE_OP: ("mean", "sum"),
+    constants.COMMUNICATION_DATA_TYPE: _DATA_TYPES,
+    constants.SEQ_PARALLEL_COMMUNICATION_DATA_TYPE: _DATA_TYPES,
+    constants.LOG_LEVEL: ("debug", "info", "warning", "error", "critical", None),
+    f"{constants.DATA_TYPES}.{constants.GRAD_ACCUM_DTYPE}": _DATA_TYPES,
+    f"{constants.DATA_TYPES}.{constants.BUFFER_DTYPE}": _DATA_TYPES,
+}
+_SCALARS = {
+    *_SWITCHES,
+    *(key for key in _CHOICES if "." not in key),
+    *_BATCH_KEYS,
+    constants.GRADIENT_CLIPPING,
+    constants.GRADIENT_PREDIVIDE_FACTOR,
+    constants.STEPS_PER_PRINT,
 }
 
 # A section is described by the pydantic model that DeepSpeed reads it with, by the names it looks up, or by a table
@@ -76,22 +89,13 @@ _SECTIONS: dict[str, Any] = {
     "pipeline": {*ds.get_pipeline_config({}), "use_reentrant"},
     constants.DATA_TYPES: {
         constants.GRAD_ACCUM_DTYPE,
-        constants.PARAM_DTYPE,
         constants.BUFFER_DTYPE,
         constants.KEEP_IN_FP32_MODULES,
     },
-    constants.TORCH_AUTOCAST: {
-        constants.TORCH_AUTOCAST_ENABLED,
-        constants.TORCH_AUTOCAST_DTYPE,
-        constants.TORCH_AUTOCAST_LOWER_PRECISION_SAFE_MODULES,
-    },
     constants.CHECKPOINT: {
         constants.CHECKPOINT_TAG_VALIDATION,
-        constants.LOAD_UNIVERSAL_CHECKPOINT,
-        constants.USE_NODE_LOCAL_STORAGE_CHECKPOINT,
         constants.CHECKPOINT_PARALLEL_WRITE,
         checkpointing.CHECKPOINT_SERIALIZATION,
-        checkpointing.CHECKPOINT_WRITER,
     },
     profiling.FLOPS_PROFILER: {
         profiling.FLOPS_PROFILER_ENABLED,
@@ -115,6 +119,15 @@ _ELSEWHERE = {
     "autotuning": "It starts runs of its own, which this trainer does not take part in",
     "weight_quantization": "It serves inference, which does not go through DeepSpeed here",
     "datastates_ckpt": "Checkpoints are set in the run's config, section checkpoint",
+    constants.TORCH_AUTOCAST: "Precision is set by the sections bf16 and fp16",
+    constants.MANAGED_GRADIENT_ACCUMULATION: "The trainer says itself where a step ends",
+    f"{constants.DATA_TYPES}.{constants.PARAM_DTYPE}": "Precision is set by the sections bf16 and fp16",
+    f"{constants.CHECKPOINT}.{constants.LOAD_UNIVERSAL_CHECKPOINT}": "A run resumes from its own checkpoints",
+    f"{constants.CHECKPOINT}.{constants.USE_NODE_LOCAL_STORAGE_CHECKPOINT}": "All ranks write to the run's output_dir",
+    f"{constants.CHECKPOINT}.{checkpointing.CHECKPOINT_WRITER}": "DeepSpeed's usual writer is used",
+    "zero_optimization.cpu_offload": "Set zero_optimization.offload_optimizer.device",
+    "zero_optimization.cpu_offload_param": "Set zero_optimization.offload_param.device",
+    "zero_optimization.cpu_offload_use_pin_memory": "Set pin_memory in the sections that offload",
 }
 """Keys that DeepSpeed knows and that have no place in a run of this trainer, with what to do instead."""
 
@@ -152,6 +165,7 @@ def load_deepspeed_config(
     zero["stage"] = int(DeepSpeedZeroConfig(**zero).stage)
     _fill_pipeline(name, config, run)
     _check_precision(name, config, torch.device(device))
+    _check_with_deepspeed(name, config)
     if zero["stage"] >= 2 and run.parallel.pipeline > 1:
         raise UserError(
             f"{name}: zero_optimization.stage {zero['stage']} cuts gradients, which pipeline stages still add to."
@@ -184,6 +198,8 @@ def _read(name: str) -> dict[str, Any]:
         raise UserError(f"{name} is not UTF-8 text (byte {error.start}).") from None
     except hjson.HjsonDecodeError as error:
         raise UserError(f"{name}, line {error.lineno}: not valid JSON: {error.msg}.") from None
+    except RecursionError:
+        raise UserError(f"{name} is nested too deeply to be a DeepSpeed config.") from None
     if not isinstance(config, dict):
         raise UserError(f"{name} must hold an object of keys and values.")
     return config
@@ -193,8 +209,6 @@ def _check_keys(name: str, config: dict[str, Any]) -> None:
     removed: dict[str, str] = getattr(ds, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {})
     removed_zero: dict[str, str] = getattr(ds, "_REMOVED_ZERO_CONFIG_KEYS", {})
     for key, value in config.items():
-        if key in _ELSEWHERE:
-            raise UserError(f"{name}: {key} cannot be set here. {_ELSEWHERE[key]}, and remove the key.")
         if key in removed:
             raise UserError(f"{name}: {key}: {removed[key]}")
         if key in _SECTIONS:
@@ -202,8 +216,44 @@ def _check_keys(name: str, config: dict[str, Any]) -> None:
                 for old in removed_zero.keys() & value.keys():
                     raise UserError(f"{name}: {key}.{old}: {removed_zero[old]}")
             _check_section(name, key, _SECTIONS[key], value)
-        elif key not in _SCALARS:
+        elif key not in _SCALARS and key not in _ELSEWHERE:
             raise UserError(f"{name}: unknown key {key}. {_nearest(key, [*_SCALARS, *_SECTIONS], '')}")
+        _check_value(name, key, value)
+    for monitor, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        if config.get(monitor, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise UserError(f"{name}: {monitor}.enabled needs the package {package}. Install it, or remove {monitor}.")
+
+
+def _check_value(name: str, where: str, value: Any) -> None:
+    """Refuse values of the keys that DeepSpeed uses unseen; `where` is the dotted key."""
+    if where in _ELSEWHERE:
+        raise UserError(f"{name}: {where} cannot be set here. {_ELSEWHERE[where]}, and remove the key.")
+    if where in _SWITCHES and not isinstance(value, bool):
+        raise UserError(f"{name}: {where} must be true or false, got {value!r}.")
+    if where in _CHOICES and value not in _CHOICES[where]:
+        allowed = ", ".join("null" if choice is None else choice for choice in _CHOICES[where])
+        raise UserError(f"{name}: {where} must be one of {allowed}, got {value!r}.")
+    kinds = {constants.STEPS_PER_PRINT: int, constants.GRADIENT_PREDIVIDE_FACTOR: (int, float)}
+    if where in kinds and (isinstance(value, bool) or not isinstance(value, kinds[where]) or value <= 0):
+        raise UserError(f"{name}: {where} must be a number above 0, got {value!r}.")
+
+
+def _check_with_deepspeed(name: str, config: dict[str, Any]) -> None:
+    """Let DeepSpeed read its part: what it refuses there would otherwise end the run with a traceback."""
+    whole = copy.deepcopy(config)
+    for key in _BATCH_KEYS:
+        whole[key] = 1  # their product is ours to check; DeepSpeed may not know the number of ranks yet
+    try:
+        ds.DeepSpeedConfig(whole, mpu=_OneRank())
+    except (ds.DeepSpeedConfigError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+
+
+class _OneRank:
+    """What DeepSpeed asks of an mpu to multiply batch sizes."""
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
 
 
 def _check_section(name: str, where: str, section: Any, value: Any) -> None:
@@ -219,6 +269,7 @@ def _check_section(name: str, where: str, section: Any, value: Any) -> None:
     else:
         inner = dict.fromkeys(section)
     for key, item in value.items():
+        _check_value(name, f"{where}.{key}", item)
         if key not in inner:
             raise UserError(f"{name}: unknown key {where}.{key}. {_nearest(key, inner, where + '.')}")
         if inner[key] is not None and item is not None and isinstance(item, dict):
@@ -229,7 +280,8 @@ def _check_section(name: str, where: str, section: Any, value: Any) -> None:
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             place = ".".join([where, *(str(part) for part in problem["loc"])])
-            raise UserError(f"{name}: {place}: {problem['msg']}, got {problem['input']!r}.") from None
+            got = f", got {problem['input']!r}" if problem["loc"] else ""  # else the whole section
+            raise UserError(f"{name}: {place}: {problem['msg']}{got}.") from None
         except (AssertionError, ValueError) as error:
             raise UserError(f"{name}: {where}: {error}.") from None
 

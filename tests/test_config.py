@@ -124,6 +124,11 @@ def test_words_and_dates_stay_text(run_yaml, text):
         (("data/corpus", "[{prefix: a, wight: 1}]"), "got the entry {'prefix': 'a', 'wight': 1}"),
         (("output_dir: runs/first", "output_dir: [a"), ": not valid YAML"),
         (("output_dir: runs/first", "output_dir: !!python/name:os.system x"), "line 10: 'x' is not a value of kind"),
+        (("output_dir: runs/first", 'output_dir: "a\\0b"'), "line 10: the text 'a\\x00b' holds a NUL character."),
+        (("output_dir: runs/first", "output_dir: " + "[" * 5000), ", or an override of it, is nested too deeply"),
+        (("output_dir: runs/first", "output_dir: a\nseed: 4294967296"), "line 11: seed must be less than 4294967296"),
+        (("steps: 100", "steps: 1" + "0" * 30), "line 7: phases.0.steps must be less than 9007199254740992"),
+        ((" yoco-tiny", " yoco-tiny\n  layers: 100000"), "line 3: model.layers must be less than 65536, got 100000."),
         (("output_dir: runs/first", "output_dir: &a [*a]"), "line 10: output_dir.0 contains itself."),
     ],
 )  # fmt: skip

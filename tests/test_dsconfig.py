@@ -1,5 +1,6 @@
 """DeepSpeed configs: every shipped file loads, every mistake DeepSpeed would overlook is refused."""
 
+import types
 from pathlib import Path
 
 import hjson
@@ -8,6 +9,7 @@ import pytest
 from megayoco.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, PhaseConfig, RunConfig
 from megayoco.dsconfig import load_deepspeed_config, precision
 from megayoco.errors import UserError
+from megayoco.train.memory import estimate_memory
 
 SHIPPED = {
     "cpu": ("fp32", 0),
@@ -78,6 +80,18 @@ def test_comments_and_numbers_that_agree_are_accepted(load):
     assert load(text)["zero_optimization"]["stage"] == 2
 
 
+def test_null_takes_offloading_back(load):
+    config = load('{"zero_optimization": {"stage": 2, "offload_optimizer": null}}')
+    topology = types.SimpleNamespace(tensor=1, sequence=1, data=3, pipeline=1)
+    assert estimate_memory(make_run(), config, topology).host == 0
+
+
+@pytest.fixture
+def no_wandb(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+@pytest.mark.usefixtures("no_wandb")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -111,6 +125,21 @@ def test_comments_and_numbers_that_agree_are_accepted(load):
         ('{"fp16": {"enabled": true}}', "fp16 cannot be used on device cpu."),
         ('{"bf16": {"enabled": true}, "fp16": {"enabled": true}}', "exclude each other"),
         ('{"bf16": {"enabled": true}, "data_types": {"grad_accum_dtype": "fp32"}}', "only with ZeRO"),
+        ("[" * 20000, "nested too deeply"),
+        ('{"steps_per_print": 0}', "steps_per_print must be a number above 0, got 0."),
+        ('{"gradient_predivide_factor": "x"}', "gradient_predivide_factor must be a number above 0, got 'x'."),
+        ('{"dump_state": "no"}', "dump_state must be true or false, got 'no'."),
+        ('{"gradient_allreduce_op": "max"}', "gradient_allreduce_op must be one of mean, sum, got 'max'."),
+        ('{"communication_data_type": "fp8"}', "communication_data_type must be one of fp32, bf16, fp16, null"),
+        ('{"data_types": {"grad_accum_dtype": "x"}}', "data_types.grad_accum_dtype must be one of fp32"),
+        ('{"data_types": {"param_dtype": "bf16"}}', "data_types.param_dtype cannot be set here. Precision"),
+        ('{"torch_autocast": {"enabled": true}}', "torch_autocast cannot be set here. Precision"),
+        ('{"managed_gradient_accumulation": false}', "managed_gradient_accumulation cannot be set here."),
+        ('{"checkpoint": {"load_universal": true}}', "checkpoint.load_universal cannot be set here."),
+        ('{"checkpoint": {"tag_validation": "x"}}', "DeepSpeed refuses it: Checkpoint config contains invalid"),
+        ('{"zero_optimization": {"cpu_offload": true}}', "Set zero_optimization.offload_optimizer.device"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"ratio": 0.5}}}', "ZeRO Stage 3."),
+        ('{"wandb": {"enabled": true}}', "wandb.enabled needs the package wandb."),
         (
             '{"gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}}',
             "gradient_allreduce_op sum does not go with ZeRO 3",

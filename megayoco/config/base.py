@@ -5,8 +5,9 @@ from typing import Annotated, Any, NoReturn
 from pydantic import ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# sizes are multiplied with each other, as floats too: beyond this they would lose digits or overflow
+PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**53)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 

@@ -138,6 +138,8 @@ class _Source:
 def _scalar(node: yaml.Node, place: str) -> Any:
     kind, text = node.tag.rpartition(":")[2], node.value
     if kind == "str":
+        if "\0" in text:
+            raise UserError(f"{place}: the text {text!r} holds a NUL character. Remove it.")
         return text
     if kind == "null":
         return None
@@ -167,11 +169,14 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             The message names file and line or the override, and for an unknown key the nearest valid one.
     """
     source = _Source(path)
-    values = source.read()
-    if not isinstance(values, dict):
-        raise UserError(f"{source.name} must hold keys and values, for example `seed: 1`.")
-    for argument in overrides:
-        source.override(values, argument)
+    try:
+        values = source.read()
+        if not isinstance(values, dict):
+            raise UserError(f"{source.name} must hold keys and values, for example `seed: 1`.")
+        for argument in overrides:
+            source.override(values, argument)
+    except RecursionError:
+        raise UserError(f"{source.name}, or an override of it, is nested too deeply to be a run's config.") from None
     for field in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(field.type) and values.get(field.name, 0) is None:
             values[field.name] = {}  # a section whose keys are all commented out

@@ -1,8 +1,8 @@
 """The shape of a model, what follows from it, and how many parameters it has."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
@@ -30,7 +30,7 @@ class ModelConfig:
     dim: PositiveInt
     """Width D of the hidden states; divisible by `heads` and `self_heads`."""
 
-    layers: PositiveInt
+    layers: Annotated[int, Field(gt=0, lt=2**16)]
     """Layers of the whole stack, both halves of YOCO together. The shared-KV layer is not counted."""
 
     hidden_dim: PositiveInt

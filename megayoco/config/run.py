@@ -214,7 +214,7 @@ class RunConfig:
     output_dir: Annotated[str, Field(min_length=1)]
     """Directory of the run: config, metrics, checkpoints."""
 
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     """Number that initial weights and the order of the data follow from."""
 
     def phase_data(self, phase: int) -> DataConfig:

@@ -64,9 +64,9 @@ def estimate_memory(run: RunConfig, ds_config: dict[str, Any], topology: Topolog
     master = 0 if fp32 and stage == 0 else 4
     optimizer = local * (master + 8) / (shards if stage >= 1 else 1)
     host = 0.0
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         host, optimizer = host + optimizer, 0.0
-    if zero.get("offload_param", {}).get("device", "none") != "none":
+    if (zero.get("offload_param") or {}).get("device", "none") != "none":
         host, weights = host + weights, 0.0
     activations = max(_activations(run, phase, topology, width) for phase in range(len(run.phases)))
     return MemoryEstimate(weights, gradients, optimizer, activations, host)
