@@ -62,13 +62,16 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     f"{constants.DATA_TYPES}.{constants.GRAD_ACCUM_DTYPE}": _DATA_TYPES,
     f"{constants.DATA_TYPES}.{constants.BUFFER_DTYPE}": _DATA_TYPES,
 }
+_POSITIVE: dict[str, tuple[type, ...]] = {
+    constants.STEPS_PER_PRINT: (int,),
+    constants.GRADIENT_PREDIVIDE_FACTOR: (int, float),
+}
 _SCALARS = {
     *_SWITCHES,
+    *_POSITIVE,
     *(key for key in _CHOICES if "." not in key),
     *_BATCH_KEYS,
     constants.GRADIENT_CLIPPING,
-    constants.GRADIENT_PREDIVIDE_FACTOR,
-    constants.STEPS_PER_PRINT,
 }
 
 # A section is described by the pydantic model that DeepSpeed reads it with, by the names it looks up, or by a table
@@ -233,8 +236,7 @@ def _check_value(name: str, where: str, value: Any) -> None:
     if where in _CHOICES and value not in _CHOICES[where]:
         allowed = ", ".join("null" if choice is None else choice for choice in _CHOICES[where])
         raise UserError(f"{name}: {where} must be one of {allowed}, got {value!r}.")
-    kinds = {constants.STEPS_PER_PRINT: int, constants.GRADIENT_PREDIVIDE_FACTOR: (int, float)}
-    if where in kinds and (isinstance(value, bool) or not isinstance(value, kinds[where]) or value <= 0):
+    if where in _POSITIVE and (type(value) not in _POSITIVE[where] or value <= 0):
         raise UserError(f"{name}: {where} must be a number above 0, got {value!r}.")
 
 
