@@ -91,8 +91,9 @@ class Builder:
         if parameter.is_meta:
             return
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "little") >> 1
-        # always fp32 on the CPU: the same numbers for every dtype, device and layout
-        full = torch.empty(shard.full, dtype=torch.float32, device="cpu")
+        # always fp32 on the CPU: the same numbers for every dtype, device and layout; float(), because under ZeRO 3
+        # DeepSpeed makes torch.empty give the run's 16 bits whatever dtype is asked for
+        full = torch.empty(shard.full, dtype=torch.float32, device="cpu").float()
         init(full, torch.Generator().manual_seed(seed))
         fill(parameter, full)
 

@@ -152,6 +152,28 @@ def _run_zero(config: ModelConfig, case: Case, topology: Topology, micro_batches
     return loss.item(), gradients, engine.module
 
 
+def zero3_bf16_weights(model: str) -> dict[str, Tensor]:
+    """The initial weights of a bf16 model that ZeRO 3 cuts while it is built, joined again."""
+    import deepspeed
+
+    config = model_config(model)
+    topology = build_topology(ParallelConfig(), config)
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
+    }
+    with deepspeed.zero.Init(
+        data_parallel_group=topology.gradient_group, config_dict_or_path=ds_config, mpu=topology.mpu()
+    ):
+        decoder = build_decoder(config, topology, seed=SEED)
+    weights = {}
+    for name, parameter in canonical_parameters(decoder).items():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
 def _run_pipeline(config: ModelConfig, case: Case, topology: Topology, micro_batches: list[Any], total: int) -> Any:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad

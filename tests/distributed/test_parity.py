@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.steps import Case, one_process, packed_batch, parallel_step
+from megayoco.model.decoder import build_decoder
+from megayoco.model.parameters import canonical_parameters
+from tests.distributed.steps import (
+    SEED,
+    Case,
+    model_config,
+    one_process,
+    packed_batch,
+    parallel_step,
+    zero3_bf16_weights,
+)
 from tests.workers import Workers
 
 MODELS = ["yoco-retention", "yoco-window", "llama", "yoco-tied"]
@@ -57,3 +67,11 @@ def test_float64_loss_and_every_gradient_equal_one_process(workers: Workers, mod
 @pytest.mark.parametrize("model", MODELS)
 def test_fp32_zero_stages_equal_one_process(workers: Workers, model: str, case: Case) -> None:
     check(workers, model, case, loss_tolerance=1e-6, tolerance=1e-5)
+
+
+def test_bf16_weights_cut_by_zero_3_while_building_are_those_of_one_process(workers: Workers) -> None:
+    got = workers.run(zero3_bf16_weights, "yoco-retention", world=2)[0]
+    expected = canonical_parameters(build_decoder(model_config("yoco-retention"), None, seed=SEED))
+    assert got.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert torch.equal(got[name], parameter.detach().bfloat16()), name
