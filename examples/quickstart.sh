@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From raw text to a trained YOCO that writes text, on a machine without GPU: corpus, tokenizer, data, training in four
-# processes (tensor 2 x pipeline 2) with a checkpoint half-way, resume, generation. Takes a few minutes on two cores.
+# processes (tensor 2 x pipeline 2) with a checkpoint half-way, resume, generation. Takes about five minutes on two cores.
 #
 #     bash examples/quickstart.sh [key=value ...]         overrides of examples/quickstart.yaml for training, other than steps
 #
@@ -33,7 +33,7 @@ ranks="$work/ranks.tiktoken" corpus="$work/corpus.jsonl" data="$work/data/corpus
 # Four small processes on a CPU, also where there are GPUs; a free port, so that two quickstarts can run side by side.
 export DS_ACCELERATOR=cpu
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
-train=(deepspeed --num_gpus 4 --master_port "$port" --module megayoco.train --config examples/quickstart.yaml
+train=(deepspeed --quiet --num_gpus 4 --master_port "$port" --module megayoco.train --config examples/quickstart.yaml
     --deepspeed_config ds_configs/cpu.json parallel.tensor=2 parallel.pipeline=2
     "data.train=${data}_text_document" "output_dir=$run" "$@")
 

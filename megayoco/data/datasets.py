@@ -11,6 +11,7 @@ of a longer one is the shorter one. So the one state of a run is the number of s
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -35,6 +36,9 @@ with warnings.catch_warnings():
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
+
+# it would warn of every blend that it is not cached, which is intended too
+logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
 _CACHE_FORMAT = 1
 _ENDLESS = 2**62
@@ -303,7 +307,7 @@ def _cache_key(prefix: str, indices: np.ndarray, sequence_length: int, seed: int
     """Name of the cache folder: everything that shapes the samples, and which files they were made of."""
     import megatron.core
 
-    # M2 adds hashes of content to size and time
+    # size and time stand for the content, which would take long to hash
     stats = [os.stat(f"{prefix}.{kind}") for kind in ("bin", "idx")]
     described = {
         "format": _CACHE_FORMAT,

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rank = read_launch(os.environ).rank
         options = parse(arguments)
+        # DeepSpeed calls collectives by names that torch is about to replace; a user can do nothing about it
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         launch, device = start_distributed()
         from megayoco.train.loop import Trainer
         from megayoco.train.session import Request, Session

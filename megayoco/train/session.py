@@ -118,7 +118,7 @@ class Session:
             "model": f"{run.model.pattern}, {self.parameters:,} parameters ({body:,} without embeddings), "
             f"{run.model.layers} layers of {run.model.dim}",
             "layout": f"{layout} x data {topology.data} = {topology.world_size} processes "
-            f"({self.launch.launcher}), {torch.get_num_threads()} threads each",
+            f"(launcher: {self.launch.launcher}), {torch.get_num_threads()} thread(s) each",
             "engine": f"DeepSpeed ZeRO {zero}, {precision(self.ds_config)}, {self.engine.optimizer_name}, "
             f"on {self._device_name()}",
             **self.backends,

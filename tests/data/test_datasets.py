@@ -96,6 +96,11 @@ def test_the_order_depends_on_the_seed(numbered):
     assert orders[0] == orders[2] != orders[1]
 
 
+def test_a_blend_is_built_without_warnings(numbered, caplog):
+    build([numbered("a", LENGTHS), numbered("b", LENGTHS)])
+    assert not caplog.records
+
+
 def test_a_blend_keeps_its_weights(numbered):
     a, b = numbered("a", LENGTHS), numbered("b", LENGTHS, first=10_000)
     weighted = build([3, a, 1, b], num_samples=400).train
