@@ -130,7 +130,7 @@ def _cross(model: ModelConfig, name: str, builder: Builder) -> nn.Module:
     return CrossAttention(model.dim, model.heads, _rotary(model, model.head_dim), name, init, builder)
 
 
-# A new mixer is one file in layers/ and one line here; memory attention (LongLLaMA) takes its place beside "full".
+# What a new mixer needs besides its line here: docs/design.md, "Adding a mixer".
 MIXERS: dict[str, Callable[[ModelConfig, str, Builder], nn.Module]] = {
     "retention": _retention,
     "window": _window,
