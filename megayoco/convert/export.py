@@ -140,7 +140,7 @@ def write_export(
             f"the tensors do not fit the model, first {wrong[0]}: {given.get(wrong[0])}, not {shapes.get(wrong[0])}"
         )
     target = Path(directory)
-    _check_replaceable(target)
+    check_replaceable(target)
     partial, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "replaced"))
     config = {
         "format": FORMAT,
@@ -223,7 +223,7 @@ def _check_tensors(tensors: StoredTensors, shapes: Mapping[str, tuple[int, ...]]
             )
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
     """Raises UserError unless `target` is absent, an empty folder, or an export with nothing else in it."""
     if not target.exists():
         return

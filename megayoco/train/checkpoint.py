@@ -116,15 +116,18 @@ def save(engine: Engine, run: RunConfig, directory: Path, step: int) -> Path:
 
 
 def find_latest(directory: Path) -> Checkpoint | None:
-    """The checkpoint that `latest` names; None if there is none yet.
+    """The checkpoint that `latest` names, without that file the last complete one; None if there is none yet.
 
     Raises:
         UserError: `latest` names a folder that is missing, incomplete or of another version.
     """
     try:
-        tag = (directory / "latest").read_text(encoding="utf-8").strip()
+        tag = (directory / "latest").read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
-        return None
+        complete = [note.parent.name for note in directory.glob(f"global_step*/{NOTE}")]
+        if not complete:
+            return None
+        tag = max(complete, key=lambda name: (len(name), name))
     except OSError as error:
         raise UserError(f"{directory / 'latest'} cannot be read: {error.strerror}.") from error
     remedy = f"Write the tag of a complete checkpoint into {directory / 'latest'}, or start anew with --overwrite."
@@ -132,6 +135,8 @@ def find_latest(directory: Path) -> Checkpoint | None:
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         files, step, identity, version = note["files"], note["step"], note["identity"], note["format"]
+        if not (isinstance(files, dict) and isinstance(identity, dict) and type(step) is int and step >= 0):
+            raise ValueError("values of other kinds than `save` writes")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a complete checkpoint: {NOTE} is missing or damaged. {remedy}") from error
     if version != FORMAT:

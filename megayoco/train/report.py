@@ -115,12 +115,12 @@ def truncate_metrics(directory: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            step = json.loads(line)["step"]
+            later = json.loads(line)["step"] > last_step
         except (ValueError, KeyError, TypeError):
             continue
-        if step <= last_step:
+        if not later:
             kept.append(line + "\n")
     partial = path.with_suffix(".jsonl.partial")
     partial.write_text("".join(kept), encoding="utf-8")

@@ -6,7 +6,15 @@ import types
 
 import pytest
 
-from megayoco.config import DataConfig, ModelConfig, ParallelConfig, PhaseConfig, RunConfig, load_config
+from megayoco.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PhaseConfig,
+    RunConfig,
+    load_config,
+)
 from megayoco.errors import UserError
 from megayoco.train.checkpoint import FORMAT, NOTE, check_resumable, digest, find_latest, run_identity
 from megayoco.train.output import plan_output, prepare_output
@@ -50,6 +58,19 @@ def test_no_checkpoint_yet_is_no_error(tmp_path):
     assert find_latest(tmp_path) is None
 
 
+def change_note(folder, **values):
+    note = json.loads((folder / NOTE).read_text())
+    (folder / NOTE).write_text(json.dumps({**note, **values}))
+
+
+def test_without_latest_the_last_complete_checkpoint_is_found(run):
+    for step in (2, 5, 10):
+        directory = write_checkpoint(run, step)
+    (directory / "global_step10" / NOTE).unlink()
+    (directory / "latest").unlink()
+    assert find_latest(directory).step == 5
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -57,6 +78,11 @@ def test_no_checkpoint_yet_is_no_error(tmp_path):
         (lambda folder: (folder / "states.pt").unlink(), "states.pt is missing"),
         (lambda folder: (folder / NOTE).unlink(), "not a complete checkpoint"),
         (lambda folder: (folder / NOTE).write_text("{"), "not a complete checkpoint"),
+        (lambda folder: change_note(folder, step="5"), "not a complete checkpoint"),
+        (lambda folder: change_note(folder, step=-5), "not a complete checkpoint"),
+        (lambda folder: change_note(folder, files=["states.pt"]), "not a complete checkpoint"),
+        (lambda folder: change_note(folder, identity=None), "not a complete checkpoint"),
+        (lambda folder: (folder.parent / "latest").write_bytes(b"\xff"), "not a complete checkpoint"),
         (lambda folder: (folder.parent / "latest").write_text("global_step9"), "global_step9 is not a complete"),
     ],
 )
@@ -125,6 +151,24 @@ def test_resume_finds_the_checkpoint_and_sweeps_interrupted_saves(run):
     prepare_output(plan, run)
     assert plan.checkpoint.step == 5
     assert sorted(path.name for path in directory.iterdir()) == ["global_step5", "latest"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "tokenizer", "export"])
+def test_resume_refuses_a_file_in_place_of_a_folder_and_the_reverse(run, name):
+    path = plan_output(run, resume=True, overwrite=False).directory / name
+    path.write_text("") if "." not in name else path.mkdir()
+    with pytest.raises(UserError, match=rf"{name} is no .*Move it away"):
+        plan_output(run, resume=True, overwrite=False)
+
+
+def test_resume_refuses_an_export_that_would_replace_something_else(run):
+    export = plan_output(run, resume=True, overwrite=False).directory / "export"
+    export.mkdir()
+    (export / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="export is not empty and not an export of ours"):
+        plan_output(run, resume=True, overwrite=False)
+    never = dataclasses.replace(run, checkpoint=CheckpointConfig(export="never"))
+    assert plan_output(never, resume=True, overwrite=False).checkpoint is None
 
 
 def test_resume_and_overwrite_exclude_each_other(run):

@@ -112,6 +112,9 @@ def test_metrics_after_the_checkpoint_and_broken_lines_are_dropped(tmp_path):
     truncate_metrics(tmp_path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2]
     assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(b'{"step": 1}\n\xff\n[1]\nnull\n{"step": "x"}\n{"step": 2}\n')
+    truncate_metrics(tmp_path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     truncate_metrics(tmp_path / "absent", 2)
 
 
