@@ -42,6 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     if not 0 < args.max_mb < float("inf"):
         raise UserError(f"--max-mb must be above 0, got {args.max_mb}")
     output = Path(args.output)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder. Name a file for --output.")
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists. Choose another --output, or give --overwrite to replace it.")
     write_corpus(output, int(args.max_mb * 1e6))
@@ -50,11 +52,14 @@ def main(arguments: Sequence[str]) -> None:
 def write_corpus(output: Path, max_bytes: int) -> None:
     """Write documents until max_bytes of text are reached; the last one is cut at the limit, at the end of a line."""
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
     documents = written = 0
     progress = ProgressReport("corpus", max_bytes, lambda s: f"{documents:,} documents, {written / 1e6:.1f} MB", 1000)
     seen: set[bytes] = set()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for source, text in all_documents():
                 digest = hashlib.sha256(text.encode()).digest()

@@ -43,10 +43,15 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(dashed(arguments))
     if args.vocab_size < 256:
         raise UserError(f"--vocab-size {args.vocab_size} is below 256, the number of single bytes")
+    if args.vocab_size >= 2**31:
+        raise UserError(f"--vocab-size {args.vocab_size} is more than an id of 32 bits can count")
     for path in (args.output, f"{args.output}.json"):
         if os.path.exists(path) and not args.overwrite:
             raise UserError(f"{path} exists. Choose another --output, or give --overwrite to replace it.")
-    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    try:
+        os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {args.output}: {error.strerror}") from error
 
     inputs = find_inputs(args.input)
     trained = train(read_texts(inputs, args.json_keys), args.vocab_size)
@@ -89,6 +94,8 @@ def _texts_of(line: bytes, keys: Sequence[str], place: str) -> Iterator[str]:
         document = json.loads(line)
     except ValueError as error:
         raise UserError(f"{place}: not JSON ({error}). Repair or remove the line.") from None
+    except RecursionError:
+        raise UserError(f"{place}: JSON nested too deeply. Repair or remove the line.") from None
     for key in keys:
         text = document.get(key) if isinstance(document, dict) else None
         if not isinstance(text, str):

@@ -120,7 +120,7 @@ def read_index(prefix: str) -> Index:
 
 
 def read_meta(prefix: str) -> dict[str, Any] | None:
-    """PREFIX.meta.json, None if there is none. Raises UserError if it describes another pair."""
+    """PREFIX.meta.json, None if there is none. Raises UserError if it describes another pair, or is not ours."""
     path = f"{prefix}.meta.json"
     if not os.path.exists(path):
         return None
@@ -130,6 +130,14 @@ def read_meta(prefix: str) -> dict[str, Any] | None:
         raise UserError(
             f"{path} describes {meta.get('bin_bytes')} bytes of tokens, but {prefix}.bin holds {size}: it belongs to"
             " another dataset. Copy the right one, or remove it and give data.tokenizer_type and data.tokenizer_model."
+        )
+    tokenizer = meta.get("tokenizer", {})
+    usable = isinstance(tokenizer, dict) and isinstance(meta.get("max_id", -1), int)
+    usable = usable and isinstance(tokenizer.get("vocab_size", 0), int)
+    if not (usable and isinstance(tokenizer.get("type", ""), str) and isinstance(tokenizer.get("model") or "", str)):
+        raise UserError(
+            f"{path} was not written by tools/preprocess_data.py: tokenizer or max_id are of another kind. Rebuild the"
+            " dataset, or remove the file and give data.tokenizer_type and data.tokenizer_model."
         )
     return meta
 

@@ -92,7 +92,7 @@ class Tokenizer(ABC):
         path = Path(folder) / _SAVED_NAME
         saved = read_json_object(path, remedy="Give a folder that a training run or an export wrote.")
         model = saved.get("model")
-        tokenizer = build_tokenizer(str(saved.get("type")), None if model is None else str(Path(folder) / model))
+        tokenizer = build_tokenizer(str(saved.get("type")), None if model is None else str(Path(folder) / str(model)))
         if tokenizer.identity()["sha256"] != saved.get("sha256"):
             raise UserError(
                 f"{path} describes another tokenizer than the files beside it. Copy the whole folder again."
@@ -140,6 +140,8 @@ class TiktokenTokenizer(Tokenizer):
                 )
             except ValueError as error:  # the pattern is no regular expression
                 raise UserError(f"{model}.json: tiktoken refuses its pattern: {error}") from error
+            except OverflowError as error:
+                raise UserError(f"{model}: a rank or the id of a special token is too large for tiktoken") from error
         else:
             encoding = _named_encoding(model)
         self.encoding = encoding
@@ -270,6 +272,8 @@ def read_json_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any
         raise UserError(f"cannot read {path}: {error.strerror}. {remedy}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}. {remedy}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply. {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}. {remedy}")
     return value

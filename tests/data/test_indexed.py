@@ -79,6 +79,15 @@ BROKEN = {
     "wrong documents": (lambda p: corrupt(p, "idx", 34 + 48 + 32, b"\x03"), "contradicts itself"),
     "ids too large": (lambda p: corrupt(p, "bin", 50, b"\xff\xff"), "token id 65535, outside.*0..499"),
     "meta of another": (lambda p: Path(f"{p}.meta.json").write_text('{"bin_bytes": 5}'), "belongs to another dataset"),
+    "meta without a tokenizer": (
+        lambda p: Path(f"{p}.meta.json").write_text('{"bin_bytes": 92, "tokenizer": null}'),
+        "was not written by tools/preprocess_data.py",
+    ),
+    "meta without numbers": (
+        lambda p: Path(f"{p}.meta.json").write_text('{"bin_bytes": 92, "max_id": "x"}'),
+        "tokenizer or max_id are of another kind",
+    ),
+    "deep meta": (lambda p: Path(f"{p}.meta.json").write_text("[" * 100_000), "nested too deeply"),
     "broken meta": (lambda p: Path(f"{p}.meta.json").write_text("{"), "is not JSON"),
 }
 

@@ -75,6 +75,10 @@ def test_a_changed_saved_tokenizer_is_refused(rank_file, tmp_path):
     path.write_text(json.dumps({"pattern": r"\S+|\s+", "special_tokens": {"<|endoftext|>": 263}}))
     with pytest.raises(UserError, match="describes another tokenizer"):
         Tokenizer.from_dir(tmp_path / "saved")
+    path = tmp_path / "saved" / "megayoco_tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": 3}))
+    with pytest.raises(UserError, match="neither a file nor an encoding"):
+        Tokenizer.from_dir(tmp_path / "saved")
 
 
 def test_the_sidecar_may_be_absent(rank_file):
@@ -116,6 +120,7 @@ def lines_of_all_bytes() -> list[bytes]:
         (lambda lines: [*lines, b"YWI= x"], "line 257: expected a token in base64"),
         (lambda lines: [*lines, b"YWI= 17"], "two tokens share one rank"),
         (lambda lines: [*lines, lines[3]], "line 257: the token occurs twice"),
+        (lambda lines: [*lines, b"YWI= 9999999999"], "too large for tiktoken"),
     ],
 )
 def test_a_broken_rank_file_is_explained(tmp_path, change, message):

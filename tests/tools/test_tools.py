@@ -248,13 +248,20 @@ def test_mistakes_in_the_arguments(tmp_path, capsys, corpus, rank_file):
         assert message in fails(preprocess_data, arguments, capsys)
         assert not list(tmp_path.glob("o*"))
     size = ["--vocab-size", 300, "--output"]
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 100_000)
     for arguments, message in [
         (["--input", path, "--vocab-size", 255, "--output", tmp_path / "r"], "below 256"),
         (["--input", corpus, *size, rank_file], "exists"),
         (["--input", blank, "--json-keys", "body", *size, tmp_path / "r"], "blank.jsonl, line 1: no text under"),
+        (["--input", deep, *size, tmp_path / "r"], "deep.jsonl, line 1: JSON nested too deeply"),
+        (["--input", path, *size, Path(path, "r")], "cannot write"),
+        (["--input", path, "--vocab-size", 2**40, "--output", tmp_path / "r"], "32 bits"),
     ]:
         assert message in fails(train_tokenizer, arguments, capsys)
     assert "exists" in fails(make_corpus, ["--output", corpus], capsys)
+    assert "is a folder" in fails(make_corpus, ["--output", tmp_path, "--overwrite"], capsys)
+    assert "cannot write" in fails(make_corpus, ["--output", Path(path, "c")], capsys)
     assert "--max-mb" in fails(make_corpus, ["--output", tmp_path / "c", "--max-mb", 0], capsys)
 
 
