@@ -167,7 +167,7 @@ def load_deepspeed_config(
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = int(DeepSpeedZeroConfig(**zero).stage)
     _fill_pipeline(name, config, run)
-    _check_precision(name, config, torch.device(device))
+    _check_precision(name, config, torch.device(device), run.parallel.pipeline)
     _check_with_deepspeed(name, config)
     if zero["stage"] >= 2 and run.parallel.pipeline > 1:
         raise UserError(
@@ -343,7 +343,7 @@ def _fill_pipeline(name: str, config: dict[str, Any], run: RunConfig) -> None:
         )
 
 
-def _check_precision(name: str, config: dict[str, Any], device: torch.device) -> None:
+def _check_precision(name: str, config: dict[str, Any], device: torch.device, stages: int) -> None:
     kind = precision(config)
     if kind == "bf16" and precision({**config, "bf16": {}}) == "fp16":
         raise UserError(f"{name}: bf16.enabled and fp16.enabled exclude each other. Remove one.")
@@ -356,6 +356,11 @@ def _check_precision(name: str, config: dict[str, Any], device: torch.device) ->
         raise UserError(
             f"{name}: data_types.grad_accum_dtype {accumulation} differs from the parameters' {kind}, which DeepSpeed"
             " supports only with ZeRO. Set zero_optimization.stage to 1, or remove data_types."
+        )
+    if accumulation not in (None, kind) and stages > 1:
+        raise UserError(
+            f"{name}: data_types.grad_accum_dtype {accumulation} with {kind} parameters gives wrong gradients in"
+            f" DeepSpeed's pipeline (parallel.pipeline {stages}). Remove data_types, or set parallel.pipeline=1."
         )
     if config.get(constants.GRADIENT_ALLREDUCE_OP) == "sum" and config["zero_optimization"]["stage"] == 3:
         raise UserError(f"{name}: gradient_allreduce_op sum does not go with ZeRO 3. Remove the key, or use stage 2.")

@@ -168,6 +168,13 @@ def test_pipeline_goes_with_zero_0_and_1_only(load, stage):
             load(text, make_run(pipeline=2))
 
 
+def test_a_bf16_pipeline_does_not_sum_gradients_in_fp32(load):
+    text = '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}'
+    load(text, make_run(tensor=1))
+    with pytest.raises(UserError, match=r"wrong gradients in DeepSpeed's pipeline \(parallel.pipeline 2\)"):
+        load(text, make_run(pipeline=2))
+
+
 def test_an_absent_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read: No such file"):
         load_deepspeed_config(tmp_path / "absent.json", make_run(), 1, "cpu")

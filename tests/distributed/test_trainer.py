@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from megayoco.data.indexed import IndexedWriter
 from megayoco.data.tokenizer import build_tokenizer
@@ -86,7 +86,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(
-    workers: Workers, directory: Path, text: str, model: str, layout: Layout
+    workers: Workers, directory: Path, text: str, model: str, layout: Layout, ds_config: dict[str, Any] | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Metrics of every step and the exported weights."""
     config = {
@@ -119,10 +119,11 @@ def run(
         "output_dir": str(directory / "run"),
     }
     (directory / "run.yaml").write_text(yaml.safe_dump(config))
-    (directory / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": layout.zero}}))
+    (directory / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": layout.zero}, **(ds_config or {})}))
     workers.run(train, str(directory / "run.yaml"), str(directory / "ds.json"), world=layout.world)
     lines = (directory / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], load_file(directory / "run" / "export" / "model.safetensors")
+    weights = load_file(directory / "run" / "export" / "model.safetensors")
+    return [json.loads(line) for line in lines], {name: weight.float().numpy() for name, weight in weights.items()}
 
 
 @pytest.fixture(scope="session")
@@ -155,3 +156,17 @@ def test_ten_steps_equal_one_process(
     assert weights.keys() == expected_weights.keys()
     for name, expected in expected_weights.items():
         assert np.abs(weights[name] - expected).max() < 1e-5, name
+
+
+def test_bf16_pipeline_has_the_gradient_of_one_process(
+    workers: Workers, one_process: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    bf16 = {"bf16": {"enabled": True}}
+    layout = Layout(2, pipeline=2, zero=1)
+    metrics, _ = run(workers, tmp_path, text, "yoco-retention", layout, bf16)
+    steps, expected = (
+        [line for line in lines if "loss" in line] for lines in (metrics, one_process["yoco-retention"][0])
+    )
+    for got, wanted in zip(steps, expected, strict=True):
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=5e-3), got["step"]
+        assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=5e-2), got["step"]
