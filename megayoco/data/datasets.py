@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import warnings
 from collections import OrderedDict
@@ -25,7 +26,7 @@ import torch
 
 from megayoco.config import DataConfig
 from megayoco.data.blend import Source, parse_blend
-from megayoco.data.indexed import check_prefix, read_index, read_meta
+from megayoco.data.indexed import check_prefix, outside_vocabulary, read_index, read_meta
 from megayoco.data.tokenizer import Tokenizer, build_tokenizer
 from megayoco.errors import UserError
 
@@ -102,7 +103,7 @@ def build_datasets(
     def build() -> Datasets:
         for source in {source.prefix: source for source in train + valid_sources}.values():
             check_prefix(source.prefix, vocab_size, sequence_length=sequence_length)
-        common = (sequence_length, seed, cache_dir)
+        common = (sequence_length, seed, cache_dir, vocab_size)
         return Datasets(
             train=_blended(train, train_part, num_samples, *common),
             valid=_blended(valid_sources, valid_part, None, *common) if valid_sources else None,
@@ -133,7 +134,9 @@ def resolve_tokenizer(data: DataConfig) -> Tokenizer:
             beside = os.path.join(os.path.dirname(prefix), model)  # the meta file gives it relative to itself
             model = beside if os.path.exists(beside) else model
         try:
-            tokenizer = build_tokenizer(saved["type"], model if data.tokenizer_model is None else data.tokenizer_model)
+            tokenizer = build_tokenizer(
+                str(saved.get("type")), model if data.tokenizer_model is None else data.tokenizer_model
+            )
         except UserError as error:
             raise UserError(
                 f"{prefix}.meta.json: {error} If it has moved, set data.tokenizer_type and data.tokenizer_model."
@@ -155,8 +158,11 @@ def resolve_tokenizer(data: DataConfig) -> Tokenizer:
 class EpochSource(GPTDataset):
     """One source of a blend: GPTDataset built for exactly one epoch, repeated without end in other orders.
 
-    Sample n is sample n mod E of epoch n // E, E samples an epoch; epoch 0 has GPTDataset's order.
+    Sample n is sample n mod E of epoch n // E, E samples an epoch; epoch 0 has GPTDataset's order. Ids must be below
+    `vocab_size`: files are too large to look at every id before training.
     """
+
+    vocab_size: int
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -168,7 +174,11 @@ class EpochSource(GPTDataset):
 
     def __getitem__(self, number: int | None) -> Sample:  # type: ignore[override]
         """Sample `number`, any integer >= 0. The index arrays are read here because GPTDataset's own samples replace
-        ids that equal its pad id, and say nothing about document borders."""
+        ids that equal its pad id, and say nothing about document borders.
+
+        Raises:
+            UserError: an id lies outside the vocabulary.
+        """
         epoch, i = divmod(int(number or 0), self.samples_per_epoch)
         if epoch:
             i = int(self._epoch_order(epoch)[i])
@@ -182,7 +192,11 @@ class EpochSource(GPTDataset):
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         borders = ends[:-1]
         # concatenate copies, so nothing refers to the memory map
-        return Sample(tokens=np.concatenate(parts, dtype=np.int64), borders=np.unique(borders[borders > 0]))
+        tokens = np.concatenate(parts, dtype=np.int64)
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise UserError(outside_vocabulary(self.dataset.path_prefix, low, high, self.vocab_size))
+        return Sample(tokens=tokens, borders=np.unique(borders[borders > 0]))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
@@ -237,8 +251,9 @@ def _blended(
     sequence_length: int,
     seed: int,
     cache_dir: str | os.PathLike[str] | None,
+    vocab_size: int,
 ) -> SampleSource:
-    built = [_source(source.prefix, part, sequence_length, seed, cache_dir) for source in sources]
+    built = [_source(source.prefix, part, sequence_length, seed, cache_dir, vocab_size) for source in sources]
     if len(built) == 1:
         return built[0]
     weights = [
@@ -248,7 +263,13 @@ def _blended(
     if num_samples is None:
         num_samples = sum(data.samples_per_epoch for data in built)
     # no cache: the indices are a fast loop, and BlendedDataset can only cache where torch.distributed runs
-    return Blend(built, weights, num_samples, _config(sources[0].prefix, sequence_length, seed, None))
+    try:
+        return Blend(built, weights, num_samples, _config(sources[0].prefix, sequence_length, seed, None))
+    except MemoryError as error:
+        raise UserError(
+            f"the order of {num_samples:,} samples of {len(built)} datasets does not fit in memory. Shorten the phases,"
+            " or make one dataset of them."
+        ) from error
 
 
 def _source(
@@ -257,6 +278,7 @@ def _source(
     sequence_length: int,
     seed: int,
     cache_dir: str | os.PathLike[str] | None,
+    vocab_size: int,
 ) -> EpochSource:
     """One epoch of the sequences in `part` of a dataset; its indices come from the cache, and go there first."""
     prefix = os.path.realpath(prefix)
@@ -275,7 +297,9 @@ def _source(
 
     def open_from(path: Path) -> EpochSource:
         config = _config(prefix, sequence_length, seed, str(path))
-        return EpochSource(IndexedDataset(prefix, multimodal=False), prefix, indices, None, Split.train, config)
+        source = EpochSource(IndexedDataset(prefix, multimodal=False), prefix, indices, None, Split.train, config)
+        source.vocab_size = vocab_size
+        return source
 
     if not folder.exists():
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
@@ -284,7 +308,12 @@ def _source(
                 " data.cache_dir to a folder that all nodes share."
             )
         _build_cache(folder, open_from)
-    return open_from(folder)
+    try:
+        return open_from(folder)
+    except (ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"the sample indices in {folder} are damaged. Remove that folder: they are made anew."
+        ) from error
 
 
 def _build_cache(folder: Path, open_from: Callable[[Path], Any]) -> None:
@@ -297,7 +326,8 @@ def _build_cache(folder: Path, open_from: Callable[[Path], Any]) -> None:
     except OSError as error:
         if not folder.exists():  # else another run was faster, with the same content
             raise UserError(
-                f"cannot write sample indices to {folder}: {error.strerror}. Set data.cache_dir to a writable folder."
+                f"cannot write sample indices to {folder}: {error.strerror or error}. Set data.cache_dir to a writable"
+                " folder."
             ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -168,10 +168,7 @@ def check_prefix(prefix: str, vocab_size: int, *, sequence_length: int | None = 
     low, high = _sampled_range(f"{prefix}.bin", index.dtype)
     high = max(high, -1 if meta is None else int(meta.get("max_id", -1)))
     if low < 0 or high >= vocab_size:
-        raise UserError(
-            f"{prefix}.bin holds token id {high if high >= vocab_size else low}, outside the model's vocabulary"
-            f" 0..{vocab_size - 1}. Set model.vocab_size to that of the tokenizer, or rebuild the dataset with it."
-        )
+        raise UserError(outside_vocabulary(prefix, low, high, vocab_size))
     if sequence_length is not None and index.num_tokens < sequence_length + 1:
         raise UserError(
             f"{prefix} holds {index.num_tokens} tokens, fewer than one sample of {sequence_length} + 1. Prepare more"
@@ -186,6 +183,14 @@ def check_prefix(prefix: str, vocab_size: int, *, sequence_length: int | None = 
             index.num_documents,
         )
     return index
+
+
+def outside_vocabulary(prefix: str, low: int, high: int, vocab_size: int) -> str:
+    """What to say of ids from `low` to `high` that a model has no rows for."""
+    return (
+        f"{prefix}.bin holds token id {high if high >= vocab_size else low}, outside the model's vocabulary"
+        f" 0..{vocab_size - 1}. Set model.vocab_size to that of the tokenizer, or rebuild the dataset with it."
+    )
 
 
 class IndexedWriter:

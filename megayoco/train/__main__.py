@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -38,7 +40,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user has to change. Every other exception is a bug and is raised."""
+    """Returns the exit code: 0, 1 if another rank ended, 2 for what the user has to change, 130 when interrupted.
+
+    Other exceptions are bugs and are raised.
+    """
     if arguments is None:
         arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
@@ -67,6 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif not isinstance(error, (AgreedError, CommandLineError)):
             print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        if rank in (None, 0):
+            print("error: interrupted. Go on from the last checkpoint with --resume.", file=sys.stderr, flush=True)
+        return 130
+    except RuntimeError as error:
+        # a traceback here would bury the one line of the rank that ended first
+        if not re.search("Connection (closed|reset) by peer|remote process exited", str(error)):
+            raise
+        print(f"error (rank {rank}): another process has ended; its message says why.", file=sys.stderr, flush=True)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error (rank {rank}): {error}. Make room, then go on with --resume.", file=sys.stderr, flush=True)
+        return 2
     return 0
 
 
@@ -80,6 +100,8 @@ def leave(code: int) -> None:
 if __name__ == "__main__":
     try:
         code = main()
+    except KeyboardInterrupt:  # while torch was imported
+        leave(130)
     except Exception:
         traceback.print_exc()
         leave(1)

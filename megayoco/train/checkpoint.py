@@ -13,7 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +85,11 @@ def digest(identity: dict[str, Any]) -> str:
 
 
 def save(engine: Engine, run: RunConfig, directory: Path, step: int) -> Path:
-    """Write the checkpoint of a step; returns its folder. Collective. Older ones stay until it is complete."""
+    """Write the checkpoint of a step; returns its folder. Collective. Older ones stay until it is complete.
+
+    Raises:
+        UserError: on a rank that cannot write its part, for example to a full disk.
+    """
     tag, rank = f"global_step{step}", dist.get_rank()
     partial = directory / f".{tag}.partial"
     identity = run_identity(run, engine.topology, engine.config, step)
@@ -95,8 +102,9 @@ def save(engine: Engine, run: RunConfig, directory: Path, step: int) -> Path:
         partial.mkdir(parents=True)
     barrier()
     state = {"megayoco": note}
-    engine.deepspeed.save_checkpoint(str(directory), tag=partial.name, client_state=state, save_latest=False)
-    torch.save(_random_state(engine.device), partial / f"rng_{rank:05d}.pt")
+    with _told_if_unwritable(partial):
+        engine.deepspeed.save_checkpoint(str(directory), tag=partial.name, client_state=state, save_latest=False)
+        torch.save(_random_state(engine.device), partial / f"rng_{rank:05d}.pt")
     barrier()
     folder = directory / tag
     if rank == 0:
@@ -113,6 +121,21 @@ def save(engine: Engine, run: RunConfig, directory: Path, step: int) -> Path:
         _write(directory / "latest", tag)
     barrier()
     return folder
+
+
+@contextmanager
+def _told_if_unwritable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer hides the system's error behind one of its own
+        if not isinstance(error, OSError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or "the file system takes no more"
+        raise UserError(
+            f"the checkpoint {folder} cannot be written: {reason}. Make room or make it writable, then go on with"
+            " --resume: earlier checkpoints are whole."
+        ) from error
 
 
 def find_latest(directory: Path) -> Checkpoint | None:

@@ -167,6 +167,29 @@ def test_a_half_built_index_of_a_killed_run_is_ignored(numbered, tmp_path):
     assert tokens(build(prefix, cache_dir=str(cache)).train, range(21)) == first
 
 
+def test_a_damaged_index_is_refused_with_its_folder(numbered, tmp_path):
+    prefix, cache = numbered("a", LENGTHS), tmp_path / "cache"
+    build(prefix, cache_dir=str(cache))
+    (folder,) = cache.iterdir()
+    for path in folder.glob("*.npy"):
+        path.write_bytes(b"xx")
+    with pytest.raises(UserError, match=f"{folder} are damaged. Remove that folder"):
+        build(prefix, cache_dir=str(cache))
+
+
+def test_an_id_outside_the_vocabulary_that_no_check_before_saw_is_refused(numbered, monkeypatch):
+    monkeypatch.setattr("megayoco.data.indexed._sampled_range", lambda *_: (0, 9))
+    train = build(numbered("a", LENGTHS), vocab_size=174).train
+    with pytest.raises(UserError, match=r"a\.bin holds token id 174, outside the model's vocabulary 0\.\.173"):
+        tokens(train, range(train.samples_per_epoch))
+
+
+def test_a_blend_that_memory_cannot_hold_is_refused(numbered):
+    prefixes = [numbered("a", LENGTHS), numbered("b", LENGTHS)]
+    with pytest.raises(UserError, match="samples of 2 datasets does not fit in memory"):
+        build(prefixes, num_samples=10**15)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

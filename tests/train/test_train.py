@@ -140,6 +140,36 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(train, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), 2, "cannot be written: the file"),
+        (OSError(28, "No space left on device", "states.pt"), 2, "cannot be written: No space left on device. Make"),
+        (RuntimeError("pair.cc:553] Connection closed by peer [127.0.0.1]:1"), 1, "another process has ended"),
+        (KeyboardInterrupt(), 130, "error: interrupted. Go on from the last checkpoint with --resume."),
+    ],
+)
+def test_a_save_that_fails_is_one_line_and_costs_no_earlier_checkpoint(
+    train, tmp_path, monkeypatch, error, code, message
+):
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    output = tmp_path / "out"
+    real = TorchCheckpointEngine.save
+
+    def save(self, state_dict, path):
+        if (output / "checkpoints" / "global_step5").exists():
+            raise error
+        real(self, state_dict, path)
+
+    monkeypatch.setattr(TorchCheckpointEngine, "save", save)
+    result = train(output)
+    assert (result.code, result.err.count("\n")) == (code, 1)
+    assert message in result.err
+    monkeypatch.undo()
+    assert "resumed at step 5" in train(output, "--resume").out
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["data.train=nowhere/at-all"], "nowhere/at-all.idx does not exist"),
