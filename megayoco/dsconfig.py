@@ -357,10 +357,12 @@ def _check_precision(name: str, config: dict[str, Any], device: torch.device, st
             f"{name}: data_types.grad_accum_dtype {accumulation} differs from the parameters' {kind}, which DeepSpeed"
             " supports only with ZeRO. Set zero_optimization.stage to 1, or remove data_types."
         )
-    if accumulation not in (None, kind) and stages > 1:
+    # without it a pipeline's stages before the last get wrong fp32 sums of gradients
+    at_once = kind != "bf16" or stages == 1 or config["bf16"].setdefault("immediate_grad_update", True)
+    if at_once is not True:
         raise UserError(
-            f"{name}: data_types.grad_accum_dtype {accumulation} with {kind} parameters gives wrong gradients in"
-            f" DeepSpeed's pipeline (parallel.pipeline {stages}). Remove data_types, or set parallel.pipeline=1."
+            f"{name}: bf16.immediate_grad_update must be true with parallel.pipeline {stages}: without it DeepSpeed's"
+            " gradients are wrong. Remove the key."
         )
     if config.get(constants.GRADIENT_ALLREDUCE_OP) == "sum" and config["zero_optimization"]["stage"] == 3:
         raise UserError(f"{name}: gradient_allreduce_op sum does not go with ZeRO 3. Remove the key, or use stage 2.")

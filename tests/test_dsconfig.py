@@ -168,11 +168,12 @@ def test_pipeline_goes_with_zero_0_and_1_only(load, stage):
             load(text, make_run(pipeline=2))
 
 
-def test_a_bf16_pipeline_does_not_sum_gradients_in_fp32(load):
+def test_a_bf16_pipeline_adds_gradients_to_their_fp32_sums_at_once(load):
     text = '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}'
-    load(text, make_run(tensor=1))
-    with pytest.raises(UserError, match=r"wrong gradients in DeepSpeed's pipeline \(parallel.pipeline 2\)"):
-        load(text, make_run(pipeline=2))
+    assert load(text, make_run(pipeline=2))["bf16"]["immediate_grad_update"] is True
+    assert "immediate_grad_update" not in load(text, make_run(tensor=1))["bf16"]
+    with pytest.raises(UserError, match=r"immediate_grad_update must be true with parallel\.pipeline 2"):
+        load(text.replace('"enabled": true', '"enabled": true, "immediate_grad_update": false'), make_run(pipeline=2))
 
 
 def test_an_absent_file_is_refused(tmp_path):
