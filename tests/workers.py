@@ -119,6 +119,8 @@ def _run_case(rank: int, world: int, port: int, function: Callable[..., Any], ar
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    # as parallel/launch.py does: an op for inference that DeepSpeed would compile here
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     try:
         return function(*args)
