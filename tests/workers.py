@@ -8,6 +8,7 @@ after it.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -129,6 +130,8 @@ def _run_case(rank: int, world: int, port: int, function: Callable[..., Any], ar
         deepspeed.comm.comm.cdb = None
         _reset_zero3_numbering()
         dist.destroy_process_group()
+        # engines refer to themselves; until they are collected, the threads of all their process groups live on
+        gc.collect()
 
 
 def _reset_zero3_numbering() -> None:
