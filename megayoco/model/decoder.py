@@ -143,7 +143,7 @@ def run_block(
     """One block, recomputed in backward where asked. Non-reentrant: contexts enter as arguments, and their gradients
     (those of the shared keys and values above all) flow as without checkpointing."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, positions, left, use_reentrant=False, preserve_rng_state=False)  # type: ignore
+        return checkpoint(block, x, positions, left, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
     return block(x, positions, left)  # type: ignore[no-any-return]
 
 
