@@ -18,6 +18,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+CASES_PER_START = 30
+"""The libraries keep the process groups of past cases, threads included: fresh processes are faster after so many."""
+
 
 class WorkerError(AssertionError):
     """A case failed on some ranks; the message holds their tracebacks."""
@@ -28,14 +31,19 @@ class Workers:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._cases = 0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any, world: int, timeout: float = 240.0) -> list[Any]:
         if world > self.size:
             raise ValueError(f"a world of {world} in a pool of {self.size}")
+        if self._cases == CASES_PER_START:
+            self.close()
         if not self._processes:
             self._start()
+            self._cases = 0
+        self._cases += 1
         port = _free_port()
         for rank in range(world):
             self._pipes[rank].send((function, args, world, port, timeout))
