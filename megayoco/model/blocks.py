@@ -139,11 +139,6 @@ MIXERS: dict[str, Callable[[ModelConfig, str, Builder], nn.Module]] = {
 }
 
 
-def block_names(model: ModelConfig) -> list[str]:
-    """The stack in order: `embed`, then one entry per layer and the shared-KV block between the halves, then `head`."""
-    return ["embed", *model.layer_pattern(), "head"]
-
-
 def build_embedding(model: ModelConfig, builder: Builder) -> Embedding:
     """Token embedding; YOCO scales it by sqrt(D)."""
     scale = model.dim**0.5 if model.scale_embeddings else 1.0
