@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megayoco.config import ModelConfig, model_config_from_dict, model_config_to_dict
-from megayoco.data.tokenizer import Tokenizer, read_json_object, write_text_atomically
+from megayoco.data.files import read_json_object, write_text_atomically
+from megayoco.data.tokenizer import Tokenizer
 from megayoco.errors import UserError
 
 FORMAT = "megayoco"

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megayoco.data.tokenizer import read_json_object, write_text_atomically
+from megayoco.data.files import read_json_object, write_text_atomically
 from megayoco.errors import UserError
 
 log = logging.getLogger(__name__)
