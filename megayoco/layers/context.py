@@ -50,16 +50,18 @@ class Positions:
     """Where the tokens of a chunk stand: their global indices and, in packed data, where their documents began.
 
     Args:
-        index: (T,) or (B, T) int64, consecutive along T.
+        index: (T,) or (B, T) int64, ascending along T.
         start: (B, T) int64, global index of the first token of each token's document. None: no borders, everything to
             the left is visible.
+        consecutive: whether the indices follow one another without gaps, which every mixer but cross attention needs.
     """
 
-    def __init__(self, index: Tensor, start: Tensor | None = None) -> None:
+    def __init__(self, index: Tensor, start: Tensor | None = None, consecutive: bool = True) -> None:
         if start is not None and start.shape[-1] != index.shape[-1]:
             raise ValueError(f"document starts {tuple(start.shape)} do not match positions {tuple(index.shape)}")
         self.index = index
         self.start = start
+        self.consecutive = consecutive
         # rotary tables depend on index alone; every layer of one kind asks for the same one
         self._tables: dict[tuple[int, float, str], tuple[Tensor, Tensor]] = {}
 
@@ -92,6 +94,13 @@ class Positions:
         """The last `count` tokens."""
         start = None if self.start is None else self.start[:, -count:]
         return Positions(self.index[..., -count:], start)
+
+    def rows(self, rows: slice | Tensor) -> Positions:
+        """A stretch of the tokens, or those at the numbers (B, R) int64 within the chunk."""
+        if isinstance(rows, slice):
+            return Positions(self.index[..., rows], None if self.start is None else self.start[:, rows])
+        index = self.index.expand(rows.shape[0], -1).gather(1, rows)
+        return Positions(index, None if self.start is None else self.start.gather(1, rows), consecutive=False)
 
 
 @dataclass

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megayoco.config import ModelConfig
 from megayoco.layers.context import Positions, Rotary
@@ -163,6 +165,16 @@ def build_layer(model: ModelConfig, position: int, builder: Builder) -> Layer | 
         )
     index = sum(other != "shared_kv" for other in pattern[:position])
     return Layer(model, index, MIXERS[kind], builder)
+
+
+def run_block(
+    block: Layer | SharedKeyValues, x: Tensor, positions: Positions, left: Any, recompute: bool
+) -> tuple[Tensor, Any]:
+    """One block, recomputed in backward where asked. Non-reentrant: contexts enter as arguments, and their gradients
+    (those of the shared keys and values above all) flow as without checkpointing."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, positions, left, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    return block(x, positions, left)  # type: ignore[no-any-return]
 
 
 def remark_tied_head(weight: nn.Parameter, counted: bool) -> None:

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megayoco.config import ModelConfig
 from megayoco.layers.context import Positions, Rotary
 from megayoco.layers.linear import Builder
 from megayoco.layers.shared_kv import SharedKeyValues
-from megayoco.model.blocks import Head, Layer, build_embedding, build_layer
+from megayoco.model.blocks import Head, build_embedding, build_layer, run_block
 from megayoco.parallel.topology import Topology
 
 
@@ -135,16 +134,6 @@ class Decoder(nn.Module):
 
     def _run(self, block: Any, x: Tensor, positions: Positions, left: Any) -> tuple[Tensor, Any]:
         return run_block(block, x, positions, left, self.activation_checkpointing and self.training)
-
-
-def run_block(
-    block: Layer | SharedKeyValues, x: Tensor, positions: Positions, left: Any, recompute: bool
-) -> tuple[Tensor, Any]:
-    """One block, recomputed in backward where asked. Non-reentrant: contexts enter as arguments, and their gradients
-    (those of the shared keys and values above all) flow as without checkpointing."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, positions, left, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-    return block(x, positions, left)  # type: ignore[no-any-return]
 
 
 def set_rope_theta(module: nn.Module, theta: float) -> None:

@@ -22,8 +22,8 @@ from megayoco.errors import UserError
 from megayoco.layers.context import KeyValues, Positions
 from megayoco.layers.linear import Builder
 from megayoco.layers.shared_kv import SharedKeyValues
-from megayoco.model.blocks import Head, build_embedding, build_layer, remark_tied_head
-from megayoco.model.decoder import run_block, set_rope_theta
+from megayoco.model.blocks import Head, build_embedding, build_layer, remark_tied_head, run_block
+from megayoco.model.decoder import set_rope_theta
 from megayoco.model.flops import block_flops
 from megayoco.parallel.topology import Topology, pipeline_topology
 
