@@ -446,3 +446,27 @@ def _sampled_range(path: str, dtype: np.dtype, blocks: int = 64, block: int = 40
     starts = np.linspace(0, max(count - block, 0), blocks).astype(np.int64)
     parts = [tokens[s : s + block] for s in np.unique(starts).tolist()]
     return min(int(p.min()) for p in parts), max(int(p.max()) for p in parts)
+
+
+def check_vocabulary(prefix: str, dtype: np.dtype, vocab_size: int) -> None:
+    """Compare a dataset with the vocabulary of a model, without reading its index.
+
+    Args:
+        prefix: path without .bin and .idx.
+        dtype: of its ids.
+        vocab_size: of the model: the tokenizer's whole vocabulary, and every id of a sample, must be below it.
+
+    Raises:
+        UserError: one line with the file and the remedy.
+    """
+    meta = read_meta(prefix)
+    made_with = 0 if meta is None else meta.get("tokenizer", {}).get("vocab_size", 0)
+    if made_with > vocab_size:
+        raise UserError(
+            f"{prefix} was made with a tokenizer of {made_with} ids, the model's vocabulary has {vocab_size}."
+            f" Set model.vocab_size to at least {made_with}, or rebuild the dataset with a smaller tokenizer."
+        )
+    low, high = _sampled_range(f"{prefix}.bin", dtype)
+    high = max(high, -1 if meta is None else int(meta.get("max_id", -1)))
+    if low < 0 or high >= vocab_size:
+        raise UserError(outside_vocabulary(prefix, low, high, vocab_size))
