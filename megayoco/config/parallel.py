@@ -1,5 +1,7 @@
 """How one model is spread over processes."""
 
+from typing import Literal
+
 from pydantic.dataclasses import dataclass
 
 from megayoco.config.base import SECTION, PositiveInt
@@ -20,9 +22,13 @@ class ParallelConfig:
     sequence: PositiveInt = 1
     """Ranks that share every sequence; more than 1 arrives with a later release."""
 
-    bands: PositiveInt = 1
-    """Chunks per rank that a sequence is cut into: more bands, less activation memory; 1 keeps it whole, and more
-    arrive with a later release."""
+    bands: PositiveInt | Literal["auto"] = 1
+    """Chunks per rank that a sequence is cut into and trained one after the other, exactly: more bands, less activation
+    memory (YOCO only). 1 takes it at once; `auto` cuts as little as the free memory allows."""
+
+    band_order: Literal["fused", "split"] = "fused"
+    """Order of the work with several bands. `fused` keeps nothing but keys, values and their gradients; `split` keeps
+    the hidden states between the halves too."""
 
     activation_checkpointing: bool = False
     """Keep only the input of each block, and compute the rest again in the backward pass."""
@@ -39,9 +45,11 @@ class ParallelConfig:
 
     def validate(self, model: ModelConfig, world_size: int) -> None:
         """Raise UserError unless `model` can be cut this way over `world_size` processes."""
-        for name, size in (("sequence", self.sequence), ("bands", self.bands)):
+        for name, size in (("sequence", self.sequence),):
             if size > 1:
                 raise UserError(f"parallel.{name} is {size}: more than 1 arrives with a later release. Set it to 1.")
+        if self.bands != 1:
+            check_bands(self.bands, model, "parallel.bands")
         self.data(world_size)
         cut = {"heads": model.heads, "hidden_dim": model.hidden_dim, "vocab_size": model.vocab_size}
         if model.pattern == "yoco":
@@ -63,3 +71,13 @@ class ParallelConfig:
                 f"parallel.pipeline {self.pipeline} needs a layer for each stage, model.layers is {model.layers}."
                 " Use fewer stages."
             )
+
+
+def check_bands(bands: int | str, model: ModelConfig, key: str) -> None:
+    """Raise UserError if `model` cannot be trained in bands; `key` is where the user asked for them."""
+    if model.pattern != "yoco" and bands not in (1, "auto"):
+        raise UserError(
+            f"{key} is {bands}, but in the {model.pattern} pattern every layer has keys and values of its own: only YOCO's"
+            " shared ones allow exact training in bands. Set it to 1; parallel.sequence and"
+            " parallel.activation_checkpointing work with every pattern."
+        )

@@ -87,6 +87,9 @@ class PhaseConfig:
     rope_theta: PositiveFloat | None = None
     """Base of the rotary embedding from this phase on. Default: `model.rope_theta`."""
 
+    bands: PositiveInt | Literal["auto"] | None = None
+    """`parallel.bands` of this phase where it differs."""
+
     data: PhaseDataConfig | None = None
     """Data of this phase where it differs from the run's."""
 
@@ -224,6 +227,11 @@ class RunConfig:
             return self.data
         changes = {key: value for key, value in vars(override).items() if value is not None and key in _PHASE_DATA}
         return dataclasses.replace(self.data, **changes)
+
+    def phase_bands(self, phase: int) -> int | Literal["auto"]:
+        """Bands of phase number `phase`."""
+        own = self.phases[phase].bands
+        return self.parallel.bands if own is None else own
 
     def phase_rope_theta(self, phase: int) -> float:
         """Rotary base of phase number `phase`."""
