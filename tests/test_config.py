@@ -259,7 +259,7 @@ def test_data_parallel_size_is_what_is_left_over():
         ({"tensor": 4}, {"heads": 24, "dim": 192, "kv_heads": 6}, "model.kv_heads 6 can be neither split"),
         ({"pipeline": 4}, {"layers": 3}, "parallel.pipeline 4 needs a layer for each stage"),
         ({"sequence": 4}, {}, "parallel.sequence is 4: more than 1 arrives with a later release"),
-        ({"bands": 2}, {}, "parallel.bands is 2: more than 1 arrives with a later release"),
+        ({"bands": 2}, {"pattern": "llama"}, "parallel.bands is 2, but in the llama pattern"),
         ({"tensor": 8}, {}, "4 processes cannot be split"),
     ],
 )

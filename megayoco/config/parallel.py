@@ -77,7 +77,7 @@ def check_bands(bands: int | str, model: ModelConfig, key: str) -> None:
     """Raise UserError if `model` cannot be trained in bands; `key` is where the user asked for them."""
     if model.pattern != "yoco" and bands not in (1, "auto"):
         raise UserError(
-            f"{key} is {bands}, but in the {model.pattern} pattern every layer has keys and values of its own: only YOCO's"
-            " shared ones allow exact training in bands. Set it to 1; parallel.sequence and"
+            f"{key} is {bands}, but in the {model.pattern} pattern every layer has keys and values of its own: only"
+            " YOCO's shared ones allow exact training in bands. Set it to 1; parallel.sequence and"
             " parallel.activation_checkpointing work with every pattern."
         )
