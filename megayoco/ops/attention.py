@@ -2,27 +2,32 @@
 
 Shapes: B batch, T queries of the chunk, S keys so far (the chunk's included), H query heads, G key-value heads,
         K head dim, W window. Query t of the chunk is token number S - T + t: the mask is aligned bottom-right.
-Parts:  the work is cut into rectangles of (queries x keys) that a tile operator computes one after the other, each
-        without a mask, with a square's causal flag, or with a small mask of its own. Parts that share queries are
-        merged by their log-sum-exp; the backward of every part is given the *merged* output and log-sum-exp, which
-        makes its share of dq, dk, dv exact. Nothing of T x S elements is ever allocated.
+        The work is cut into parts (attention_parts.py); nothing of T x S elements is ever allocated.
 Source: YOCO, arXiv 2405.05254, "Cross-Decoder" and "Sliding-Window Attention"; FlashAttention-2, arXiv 2307.08691.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megayoco.ops.attention_tiles import tile_backward, tile_forward
+from megayoco.ops.attention_parts import (
+    MASKED_KEYS,
+    MASKED_ROWS,
+    Part,
+    Rows,
+    backward_by_parts,
+    cut_parts,
+    dense_heads,
+    forward_by_parts,
+    plan_parts,
+    window_parts,
+)
 from megayoco.ops.backends import attention_backend, flash_attn_attention
-
-MASKED_BLOCK = 128
-"""Queries of a part that needs a mask: smaller parts cost calls, larger ones compute more masked scores."""
 
 
 def causal_attention(
@@ -101,83 +106,15 @@ def causal_attention_naive(
     return torch.einsum("bhts,bshk->bthk", p_BHTS, v).to(q.dtype)
 
 
-class Part(NamedTuple):
-    """A rectangle of scores: some queries of the chunk against some keys."""
-
-    rows: slice
-    keys: slice
-    kind: str
-    """"all": no mask. "causal": bottom-right. "masked": a mask from causality, window and documents."""
-
-    batch: slice = slice(None)
-    merge: bool = False
-    """An earlier part has written these rows; the two are merged by their log-sum-exp."""
-
-
 def _plan(T: int, S: int, window: int | None, first_key: Tensor | None, backend: str) -> list[Part]:
     """The parts that together hold every visible (query, key) once."""
     if backend == "torch_flash" and first_key is None:
         return [Part(slice(0, T), slice(0, S), "causal")]  # this kernel knows windows and bottom-right masks
-    if window is not None or backend == "math":
-        return _masked_parts(T, S, window, first_key, slice(None))
-    if first_key is None:
-        return [Part(slice(0, T), slice(S - T, S), "causal"), Part(slice(0, T), slice(0, S - T), "all", merge=True)]
-    return _document_parts(T, S, first_key)
-
-
-def _document_parts(T: int, S: int, first_key: Tensor) -> list[Part]:
-    """Every document by itself: a causal square and, for one that began before the chunk, a rectangle.
-
-    Short documents share masked parts: one call for each would cost more than the scores that a mask wastes.
-    """
-    parts = []
-    for b, row in enumerate(first_key.cpu()):
-        batch = slice(b, b + 1)
-        starts, lengths = (x.tolist() for x in row.unique_consecutive(return_counts=True))
-        short, query = 0, 0  # first query of the short documents collected so far, and of the document at hand
-        for start, length in zip(starts, lengths, strict=True):
-            if length >= MASKED_BLOCK:
-                parts += _masked_parts(query - short, S - T + query, None, row[None, short:query], batch, short)
-                rows, key = slice(query, query + length), S - T + query
-                parts.append(Part(rows, slice(key, key + length), "causal", batch))
-                if start < key:
-                    parts.append(Part(rows, slice(start, key), "all", batch, merge=True))
-                short = query + length
-            query += length
-        parts += _masked_parts(T - short, S, None, row[None, short:], batch, short)
-    return parts
-
-
-def _masked_parts(
-    T: int, S: int, window: int | None, first_key: Tensor | None, batch: slice, first_row: int = 0
-) -> list[Part]:
-    """Blocks of the T queries that end at key S, each against every key that one of them sees; no row is empty."""
-    # a block of n queries computes n + window - 1 keys for each: large enough for the kernel, small beside the window
-    block = MASKED_BLOCK if window is None else min(max(window // 4, MASKED_BLOCK // 2), 2 * MASKED_BLOCK)
-    parts = []
-    for query in range(0, T, block):
-        query_end = min(query + block, T)
-        key = 0 if window is None else max(S - T + query - window + 1, 0)
-        if first_key is not None:
-            key = max(key, int(first_key[:, query:query_end].min()))
-        rows = slice(first_row + query, first_row + query_end)
-        parts.append(Part(rows, slice(key, S - T + query_end), "masked", batch))
-    return parts
-
-
-def _part_mask(part: Part, T: int, S: int, window: int | None, first_key: Tensor | None, like: Tensor) -> Tensor | None:
-    """What a masked part adds to its scores, 0 or -inf: (1 or B, 1, queries, keys) in the dtype of `like`."""
-    if part.kind != "masked":
-        return None
-    query = torch.arange(S - T + part.rows.start, S - T + part.rows.stop, device=like.device)[:, None]
-    key = torch.arange(part.keys.start, part.keys.stop, device=like.device)
-    hidden = key > query
+    rows = Rows(S, first_key=first_key)
     if window is not None:
-        hidden |= key <= query - window
-    hidden = hidden[None, None]
-    if first_key is not None:
-        hidden = hidden | (key < first_key[part.batch, None, part.rows, None])
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+        return window_parts(T, rows, window)
+    parts = plan_parts(T, rows)
+    return cut_parts(parts, MASKED_ROWS, MASKED_KEYS) if backend == "math" else parts
 
 
 class _PartwiseAttention(torch.autograd.Function):
@@ -195,54 +132,22 @@ class _PartwiseAttention(torch.autograd.Function):
         parts: list[Part],
         backend: str,
     ) -> Tensor:
-        (B, T, H, _), S = q.shape, k.shape[1]
-        q, k, v = (_dense_heads(x) for x in (q, k, v))
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse_BHT = q.new_empty((B, H, T), dtype=wide)
-        for part in parts:
-            at = (part.batch, part.rows)
-            keys, values = k[part.batch, part.keys], v[part.batch, part.keys]
-            mask = _part_mask(part, T, S, window, first_key, q)
-            out_part, lse = tile_forward(q[at], keys, values, scale, part.kind == "causal", window, mask, backend)
-            lse = lse.to(wide)
-            if part.merge:
-                before = lse_BHT[part.batch, :, part.rows]
-                merged = torch.logaddexp(before, lse)
-                weight, weight_part = ((x - merged).exp().transpose(1, 2)[..., None] for x in (before, lse))
-                out_part, lse = (weight * out[at]).addcmul_(weight_part, out_part.to(wide)), merged
-            out[at] = out_part
-            lse_BHT[part.batch, :, part.rows] = lse
-        ctx.save_for_backward(q, k, v, first_key, out, lse_BHT)
-        ctx.options = scale, window, parts, backend
+        q, k, v = (dense_heads(x) for x in (q, k, v))
+        rows = Rows(k.shape[1], first_key=first_key)
+        ctx.options = dict(scale=scale, window=window, parts=parts, backend=backend)
+        out, lse = forward_by_parts(q, k, v, rows, **ctx.options)
+        ctx.save_for_backward(q, k, v, first_key, out, lse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, first_key, out, lse = ctx.saved_tensors
-        scale, window, parts, backend = ctx.options
-        T, S, dout = q.shape[1], k.shape[1], _dense_heads(dout)
-        # parts overlap, and bf16 sums of many parts would lose digits
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-        for part in parts:
-            at, at_keys = (part.batch, part.rows), (part.batch, part.keys)
-            mask = _part_mask(part, T, S, window, first_key, q)
-            lse_part = lse[part.batch, :, part.rows]
-            dq_part, dk_part, dv_part = tile_backward(
-                dout[at], q[at], k[at_keys], v[at_keys], out[at], lse_part, scale, part.kind == "causal", window, mask,
-                backend,
-            )  # fmt: skip
-            dq[at] += dq_part
-            dk[at_keys] += dk_part
-            dv[at_keys] += dv_part
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
-
-
-def _dense_heads(x: Tensor) -> Tensor:
-    # kernels read a head as K neighbours without asking for strides; the gradient of a sum has stride 0
-    return x if x.stride(-1) == 1 else x.contiguous()
+        wide = torch.promote_types(k.dtype, torch.float32)
+        dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+        rows = Rows(k.shape[1], first_key=first_key)
+        dq = backward_by_parts(dense_heads(dout), q, k, v, out, lse, dk, dv, rows, **ctx.options)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, first_key: Tensor | None) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megayoco.ops import attention
+from megayoco.ops import attention_parts
 from megayoco.ops.attention import attention_with_backend, causal_attention, causal_attention_naive
 
 # T, S, H, G, window, documents: lengths of the packed documents over all S keys, one list per batch entry
@@ -135,20 +135,20 @@ def test_nothing_of_queries_times_keys_is_allocated(T, window, documents):
     options = dict(scale=0.3, window=window, first_key=first_keys(documents, T) if documents else None)
     with OperatorRecord() as record:
         output_and_gradients(causal_attention, inputs, **options)
-    block = attention.MASKED_BLOCK
+    block = attention_parts.MASKED_ROWS
     limit = block * S if documents and not window else max(S * H * K, block * (block + 64))
     assert record.numel <= limit < T * S
 
 
 def test_documents_of_every_length_are_cut_into_parts_that_hold_each_pair_once():
     """The plan by itself: which rows and keys lie in a part, without any attention."""
-    T, S, block = 700, 900, attention.MASKED_BLOCK
+    T, S, block = 700, 900, attention_parts.MASKED_ROWS
     lengths = [[250, block, block - 1, 1, block + 1, 137, 128], [1] * 300 + [600]]
     first_key = first_keys(lengths, T)
     count = torch.zeros(2, T, S, dtype=torch.int64)
     query, key = torch.arange(S - T, S)[:, None], torch.arange(S)
     visible = (key <= query) & (key >= first_key[..., None])
-    for part in attention._plan(T, S, None, first_key, "cpu_flash"):
+    for part in attention_parts.plan_parts(T, attention_parts.Rows(S, first_key=first_key)):
         assert part.kind != "causal" or part.rows.stop - part.rows.start == part.keys.stop - part.keys.start
         seen = (key <= query) if part.kind == "causal" else visible if part.kind == "masked" else key >= 0
         at = (part.batch, part.rows, part.keys)
