@@ -9,21 +9,26 @@ ROOT = Path(__file__).resolve().parent
 REQUIRES = [
     "deepspeed>=0.19",
     "hjson>=3.1",
+    "matplotlib>=3.9",
     "megatron-core>=0.16",
     "numpy>=2.0",
+    "orjson>=3.10",
     "psutil>=5.9",
+    "pyarrow>=18.0",
     "pydantic>=2.9",
     "pyyaml>=6.0",
     "rich>=13.0",
     "safetensors>=0.5",
+    "sentencepiece>=0.2",
     "tensorboard>=2.18",
     "tiktoken>=0.9",
     "tokenizers>=0.21",
     "torch>=2.11",
     # megatron-core imports it from 0.19 on, GPU or not; 0.19 needs Python 3.12
     'triton>=3.4; python_version >= "3.12" and platform_system == "Linux"',
+    "zstandard>=0.23",
 ]
-TEST = ["pytest>=8.0", "pytest-timeout>=2.3", "transformers>=5.0"]
+TEST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3", "transformers>=5.0"]
 EXTRAS = {
     "test": TEST,
     "dev": [*TEST, "mypy>=1.15", "ruff>=0.12", "types-PyYAML"],
