@@ -39,7 +39,7 @@ KEYS_PER_SLICE = 4096
 """Keys whose gradients a backward holds at once: small beside any store, large enough for every kernel."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class KeyValueStore:
     """Shared keys and values, and the sums of their gradients. Its owner writes the former and reads the latter.
 
@@ -88,11 +88,14 @@ class KeyValueStore:
     ) -> KeyValueStore:
         """A store of `tokens` = N tokens: keys and values uninitialised, gradients (if wanted) zero."""
         shape = (batch_size, tokens, heads, head_dim)
-        key, value = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        if not gradients:
-            return KeyValueStore(key, value)
-        dkey, dvalue = (torch.zeros(shape, dtype=gradient_dtype(dtype), device=device) for _ in range(2))
-        return KeyValueStore(key, value, dkey, dvalue)
+        store = KeyValueStore(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
+        if gradients:
+            store.allocate_gradients()
+        return store
+
+    def allocate_gradients(self) -> None:
+        """Gradients of zero, in place of any before."""
+        self.dkey, self.dvalue = (torch.zeros_like(self.key, dtype=gradient_dtype(self.key.dtype)) for _ in range(2))
 
     @property
     def tokens(self) -> int:
@@ -126,6 +129,7 @@ def attention_over_store(
     query_index: Tensor | None = None,
     first_key: Tensor | None = None,
     keys_per_slice: int | None = None,
+    plan: list[Part] | None = None,
 ) -> Tensor:
     """Softmax attention of R queries over a store; its backward returns dq and adds into store.dkey and store.dvalue.
 
@@ -140,6 +144,7 @@ def attention_over_store(
         first_key: (B, R) int64, not descending: the earliest token each query may see (its document's start), at most
             the query's own. None: token 0.
         keys_per_slice: keys whose gradients the backward holds at once; None chooses.
+        plan: what plan_queries gave for the same queries, so that layers share it.
 
     Returns:
         (B, R, H, K) in q's dtype. Scores, softmax and merging are fp32 or wider. Not twice differentiable.
@@ -150,12 +155,22 @@ def attention_over_store(
     """
     _check(q, store, query_index, first_key, keys_per_slice)
     rows = Rows(store.tokens, query_index, first_key)
-    parts = plan_parts(q.shape[1], rows) if q.shape[1] else []
+    parts = plan_queries(q.shape[1], store.tokens, query_index, first_key) if plan is None else plan
     backend = attention_backend(q, None, documents=True)
     if not torch.is_grad_enabled():
         return _forward(q, store, rows, scale, parts, backend)[1]
     keys_per_slice = keys_per_slice or KEYS_PER_SLICE
     return _StoreAttention.apply(q, store, rows, scale, parts, keys_per_slice, backend)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def plan_queries(
+    queries: int, tokens: int, query_index: Tensor | None = None, first_key: Tensor | None = None
+) -> list[Part]:
+    """How attention_over_store cuts the work of R = `queries` queries over `tokens` = S tokens of a store.
+
+    With indices or documents it reads them, and waits for a GPU to have them: layers that ask the same should share it.
+    """
+    return plan_parts(queries, Rows(tokens, query_index, first_key)) if queries else []
 
 
 def attention_over_store_naive(

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from megayoco.ops import attention_parts, attention_store
 from megayoco.ops.attention_parts import Rows, cut_parts, plan_parts
-from megayoco.ops.attention_store import KeyValueStore, attention_over_store, attention_over_store_naive
+from megayoco.ops.attention_store import KeyValueStore, attention_over_store, attention_over_store_naive, plan_queries
 
 NAMES = ["out", "dq", "dk", "dv"]
 
@@ -96,7 +96,8 @@ def test_any_subset_of_tokens_as_queries_equals_the_twin(kind, documents):
     if documents:
         options["first_key"] = torch.stack([starts(row, S) for row in documents]).gather(1, index)
     inputs = random_inputs(index.shape[1], S, 4, 2)
-    assert_equal(over_store(inputs, keys_per_slice=64, **options), naive(inputs, **options))
+    plan = plan_queries(index.shape[1], S, **options)
+    assert_equal(over_store(inputs, keys_per_slice=64, plan=plan, **options), naive(inputs, **options))
 
 
 def test_documents_of_the_last_tokens_equal_the_twin():
@@ -244,6 +245,9 @@ def test_without_gradients_only_under_no_grad():
     assert not out.requires_grad
     with pytest.raises(ValueError, match="no buffers for gradients"):
         attention_over_store(inputs[0].requires_grad_(), store, scale=0.3)
+    store.allocate_gradients()
+    attention_over_store(inputs[0], store, scale=0.3).backward(inputs[3])
+    assert_equal([out, inputs[0].grad, store.dkey, store.dvalue], naive([x.detach() for x in inputs]))
 
 
 def test_a_second_derivative_is_refused():
