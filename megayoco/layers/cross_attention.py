@@ -3,7 +3,8 @@
 Shapes: B batch, T tokens of the chunk, S tokens so far (the chunk's included), D model dim,
         H query heads, G key-value heads, K head dim; h and g count the heads of one tensor rank.
 Left context: KeyValues, both (B, S, g, K). An argument, never an attribute: checkpointing and pipeline stages must see
-        every tensor that carries a gradient.
+        every tensor that carries a gradient. Or, in training by bands, the KeyValueStore of the whole sequence up to
+        the chunk's last token, which sums its own gradients; then the positions may be any rows of the chunk.
 Source: YOCO, arXiv 2405.05254, "Cross-Decoder".
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from megayoco.layers.context import KeyValues, Positions, Rotary
 from megayoco.layers.linear import Builder, ColumnLinear, Init, RowLinear
 from megayoco.ops.attention import causal_attention
+from megayoco.ops.attention_store import KeyValueStore, attention_over_store
 from megayoco.parallel.collectives import sum_gradient
 
 
@@ -28,15 +30,18 @@ class CrossAttention(nn.Module):
         self.q_proj = ColumnLinear(dim, dim, f"{name}.q_proj", init, builder)
         self.out_proj = RowLinear(dim, dim, f"{name}.out_proj", init, builder)
 
-    def forward(self, x: Tensor, positions: Positions, left: KeyValues) -> tuple[Tensor, KeyValues]:
+    def forward(
+        self, x: Tensor, positions: Positions, left: KeyValues | KeyValueStore
+    ) -> tuple[Tensor, KeyValues | KeyValueStore]:
         x = sum_gradient(x, self.group)
         q_BThK = self.rotary(self.q_proj(x), positions)
-        y_BThK = causal_attention(
-            q_BThK,
-            left.key,
-            left.value,
-            scale=self.head_dim**-0.5,
+        scale = self.head_dim**-0.5
+        if isinstance(left, KeyValueStore):
+            # the store begins with the sequence: a key's number is its global index
+            index = None if positions.consecutive else positions.index
+            y_BThK = attention_over_store(q_BThK, left, scale=scale, query_index=index, first_key=positions.start)
+        else:
             # the keys hold the chunk's own tokens too
-            first_key=positions.first_visible(left.key.shape[1] - x.shape[1]),
-        )
+            first_key = positions.first_visible(left.key.shape[1] - x.shape[1])
+            y_BThK = causal_attention(q_BThK, left.key, left.value, scale=scale, first_key=first_key)
         return self.out_proj(y_BThK.flatten(2)), left

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens of the chunk, D model dim, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from megayoco.config import ModelConfig
 from megayoco.layers.context import Positions, Rotary
 from megayoco.layers.linear import Builder
 from megayoco.layers.shared_kv import SharedKeyValues
+from megayoco.model.bands import Bands, Stage, banded_loss
 from megayoco.model.blocks import Head, build_embedding, build_layer, run_block
 from megayoco.parallel.topology import Topology
 
@@ -44,6 +46,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = model
         self.activation_checkpointing = activation_checkpointing
+        self.bands = Bands(1)
         self.embed_tokens = build_embedding(model, builder)
         self.layers = nn.ModuleList()
         self.shared_kv: SharedKeyValues | None = None
@@ -60,7 +63,7 @@ class Decoder(nn.Module):
         self.head = Head(model, builder, tied=self.embed_tokens if model.tie_embeddings else None)
 
     def forward(self, tokens: Tensor, targets: Tensor, document_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Loss of whole sequences.
+        """Loss of whole sequences, in the bands that `set_bands` asked for.
 
         Args:
             tokens: (B, T) int64.
@@ -71,6 +74,8 @@ class Decoder(nn.Module):
             Sum of the losses over the targets (fp32, float64 for a float64 model) and their number (int64), both 0-d
             and equal on every tensor rank.
         """
+        if self.bands.count > 1:
+            return banded_loss(self.stage(), self.bands, tokens, targets, document_starts)
         x = self.embed_tokens(tokens)
         positions = Positions.of_chunk(0, tokens.shape[1], tokens.device, document_starts)
         x, left, _ = self._self_half(x, positions, self._empty(tokens.shape[0], x.dtype, x.device))
@@ -96,6 +101,25 @@ class Decoder(nn.Module):
             # for the LLaMA pattern, too, only the head's work is saved by this
             x, positions = x[:, -1:], positions.last(1)
         return self.head(self._cross_half(x, positions, shared), None), right
+
+    def set_bands(self, count: int, order: str = "fused") -> None:
+        """Cuts sequences into so many bands from now on (model/bands.py). Raises ValueError without shared keys and
+        values, which bands need."""
+        if count > 1 and self.shared_kv is None:
+            raise ValueError(f"{count} bands for a model whose layers share no keys and values")
+        self.bands = replace(self.bands, count=count, order=order)
+
+    def stage(self) -> Stage:
+        """All blocks as the one stage that a walk over bands takes."""
+        layers: Any = self.layers
+        return Stage(
+            self.embed_tokens,
+            layers[: self.self_layers],
+            self.shared_kv,
+            layers[self.self_layers :],
+            self.head,
+            recompute=self.activation_checkpointing and self.training,
+        )
 
     def set_rope_theta(self, theta: float) -> None:
         """Changes the rotary base of every layer, for a phase of length extension."""
