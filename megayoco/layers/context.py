@@ -3,47 +3,18 @@
 Every mixer is `forward(x, positions, left) -> (y, right)`. Contexts are plain tuples of tensors, passed as arguments
 through every call, checkpoint and stage: never kept on a module.
 
-Shapes: B batch, T tokens of the chunk, S tokens remembered, g key-value heads of this tensor rank, K head dim,
-        W window.
+Shapes: B batch, T tokens of the chunk, K head dim.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megayoco.ops.key_values import KeyValues as KeyValues  # the context of attention
 from megayoco.ops.rotary import apply_rotary, rotary_frequencies, rotary_table
-
-
-class KeyValues(NamedTuple):
-    """Keys (rotated) and values (B, S, g, K) of the tokens so far; of the last W-1 where a window bounds them.
-
-    A monoid: `combine` puts the right operand's tokens after the left one's (a window then keeps the `last` W-1);
-    S = 0 is the empty element.
-    """
-
-    key: Tensor
-    value: Tensor
-
-    @staticmethod
-    def empty(batch_size: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
-        """No token remembered."""
-        shape = (batch_size, 0, heads, head_dim)
-        return KeyValues(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-
-    def combine(self, right: KeyValues) -> KeyValues:
-        """These tokens, then `right`'s."""
-        if self.key.shape[1] == 0:
-            return right
-        return KeyValues(torch.cat([self.key, right.key], 1), torch.cat([self.value, right.value], 1))
-
-    def last(self, count: int) -> KeyValues:
-        """The last `count` tokens, or all where there are fewer."""
-        first = max(self.key.shape[1] - count, 0)
-        return KeyValues(self.key[:, first:], self.value[:, first:])
 
 
 class Positions:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from megayoco.ops.norm import rms_norm
 from megayoco.parallel.collectives import sum_gradient
+from megayoco.parallel.sequence import SequenceAxis
 from megayoco.parallel.shards import Shard, column_shard, fill, mark, row_shard, whole
 from megayoco.parallel.topology import Topology
 
@@ -66,6 +67,8 @@ class Builder:
     ranks: int = 1
     group: dist.ProcessGroup | None = None
     kv_replica_group: dist.ProcessGroup | None = None
+    sequence: SequenceAxis | None = None
+    """The ranks that share every sequence; None where one rank has all of it."""
 
     @staticmethod
     def of(topology: Topology | None, seed: int, dtype: torch.dtype) -> Builder:
@@ -73,7 +76,13 @@ class Builder:
         if topology is None:
             return Builder(seed, dtype)
         return Builder(
-            seed, dtype, topology.tensor_rank, topology.tensor, topology.tensor_group, topology.kv_replica_group
+            seed,
+            dtype,
+            topology.tensor_rank,
+            topology.tensor,
+            topology.tensor_group,
+            topology.kv_replica_group,
+            SequenceAxis.of(topology),
         )
 
     def megatron(self) -> ModelParallelConfig:

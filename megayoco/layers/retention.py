@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megayoco.layers.context import Positions, Rotary
 from megayoco.layers.linear import Builder, ColumnLinear, Init, RowLinear
 from megayoco.ops.norm import rms_norm
-from megayoco.ops.retention import RetentionState, gated_retention
+from megayoco.ops.retention import RetentionState, gated_retention, retention_state
 from megayoco.parallel.collectives import sum_gradient
 
 GATE_TEMPERATURE = 16
@@ -24,7 +24,10 @@ GATE_TEMPERATURE = 16
 
 
 class GatedRetention(nn.Module):
-    """(x, positions, left) -> (y, right) with right = the state after the chunk."""
+    """(x, positions, left) -> (y, right) with right = the state after the chunk.
+
+    On a sequence axis: left is the state before the band and right the one after it, the same on all its ranks.
+    """
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class GatedRetention(nn.Module):
         self.norm_eps = norm_eps
         self.rotary = rotary
         self.group = builder.group
+        self.sequence = builder.sequence
         self.q_proj = ColumnLinear(dim, dim, f"{name}.q_proj", init_in, builder)
         self.k_proj = ColumnLinear(dim, dim, f"{name}.k_proj", init_in, builder)
         self.v_proj = ColumnLinear(dim, dim, f"{name}.v_proj", init_in, builder)
@@ -67,13 +71,13 @@ class GatedRetention(nn.Module):
         # the gate leaves the matrix product in x's dtype; the decay must not (a bf16 decay near 1 never fades)
         gate_BTh = self.gt_proj(x).to(left.state.dtype)
         log_decay_BTh = F.logsigmoid(gate_BTh) / GATE_TEMPERATURE
-        y_BThK, right = gated_retention(
-            q_BThK,
-            k_BThK * self.head_dim**-0.5,
-            v_BThK,
-            log_decay_BTh,
-            left,
-            first_token=positions.first_in_chunk(),
-        )
+        k_BThK, first_token = k_BThK * self.head_dim**-0.5, positions.first_in_chunk()
+        if self.sequence is not None:
+            # first what this rank's chunk adds to the state; a correction of y afterwards would round it twice
+            local = retention_state(k_BThK, v_BThK, log_decay_BTh, first_token=first_token)
+            left, carry = self.sequence.prefix(left, local)
+        y_BThK, right = gated_retention(q_BThK, k_BThK, v_BThK, log_decay_BTh, left, first_token=first_token)
+        if self.sequence is not None:
+            right = carry
         y_BThK = rms_norm(y_BThK, None, self.norm_eps)
         return self.out_proj(F.silu(self.g_proj(x)) * y_BThK.flatten(2)), right

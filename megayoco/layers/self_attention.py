@@ -18,7 +18,11 @@ from megayoco.parallel.collectives import sum_gradient
 
 
 class SelfAttention(nn.Module):
-    """(x, positions, left) -> (y, right) with right = left followed by the chunk's own keys and values."""
+    """(x, positions, left) -> (y, right) with right = left followed by the chunk's own keys and values.
+
+    On a sequence axis: left is what this rank carries over from the bands before (with a window its own tokens of them,
+    else all ranks'), right the same after this band.
+    """
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class SelfAttention(nn.Module):
         self.window = window
         self.rotary = rotary
         self.group = builder.group
+        self.sequence = builder.sequence
         self.q_proj = ColumnLinear(dim, dim, f"{name}.q_proj", init, builder)
         self.k_proj = KeyValueLinear(dim, kv_heads, self.head_dim, f"{name}.k_proj", init, builder)
         self.v_proj = KeyValueLinear(dim, kv_heads, self.head_dim, f"{name}.v_proj", init, builder)
@@ -51,14 +56,25 @@ class SelfAttention(nn.Module):
         q_BThK = self.rotary(self.q_proj(x), positions)
         k_BTgK = self.rotary(self.k_proj(x), positions)
         v_BTgK = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        seen = left.combine(KeyValues(k_BTgK, v_BTgK))
+        seen, right = self._seen(left, KeyValues(k_BTgK, v_BTgK))
         y_BThK = causal_attention(
             q_BThK,
             seen.key,
             seen.value,
             scale=self.head_dim**-0.5,
             window=self.window,
-            first_key=positions.first_visible(left.key.shape[1]),
+            first_key=positions.first_visible(seen.key.shape[1] - x.shape[1]),
         )
-        right = seen if self.window is None else seen.last(self.window - 1)
         return self.out_proj(y_BThK.flatten(2)), right
+
+    def _seen(self, left: KeyValues, own: KeyValues) -> tuple[KeyValues, KeyValues]:
+        """What the chunk attends to, its own keys and values last, and the right context."""
+        axis, T = self.sequence, own.key.shape[1]
+        if axis is None:
+            seen = left.combine(own)
+            return seen, seen if self.window is None else seen.last(self.window - 1)
+        if self.window is not None:
+            before, carry = axis.halo(left, own, self.window - 1)
+            return before.followed_by(own), carry
+        right = left.combine(axis.gather(own))
+        return right.first(left.key.shape[1] + (axis.rank + 1) * T), right

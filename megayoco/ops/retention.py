@@ -132,6 +132,17 @@ def gated_retention_recurrent(
     return y.to(dtype), RetentionState(state, _total_log_decay(log_decay, left, first_token))
 
 
+def retention_state(k: Tensor, v: Tensor, log_decay: Tensor, *, first_token: Tensor | None = None) -> RetentionState:
+    """The context after a chunk that nothing precedes: what `gated_retention` returns beside y from an empty `left`,
+    for one matrix product in place of five.
+
+    Arguments as there. Differentiable in k, v and log_decay, once; keeps only its inputs for backward.
+    """
+    _check(log_decay)
+    state = _ChunkState.apply(k, v, log_decay, first_token)
+    return RetentionState(state, _own_log_decay(log_decay, first_token))
+
+
 def gated_retention_naive(
     q: Tensor,
     k: Tensor,
@@ -164,7 +175,11 @@ def _check(log_decay: Tensor, chunk: int | None = None) -> None:
 
 
 def _total_log_decay(log_decay: Tensor, left: RetentionState, first_token: Tensor | None) -> Tensor:
-    total = left.log_decay + log_decay.sum(1)
+    return left.log_decay + _own_log_decay(log_decay, first_token)
+
+
+def _own_log_decay(log_decay: Tensor, first_token: Tensor | None) -> Tensor:
+    total = log_decay.sum(1)
     if first_token is not None and first_token.shape[1]:
         total = total.masked_fill(first_token[:, -1:] >= 0, -torch.inf)
     return total
@@ -331,3 +346,53 @@ class _ChunkedRetention(torch.autograd.Function):
             last = gradients[0]
         dq, dk, dv, dlog_decay = outputs
         return dq, dk, dv, dlog_decay.squeeze(-1), last.reshape(dstate.shape), None, None
+
+
+class _ChunkState(torch.autograd.Function):
+    """(k, v, log_decay, first_token) -> sum of w_t k_t^T v_t with w_t the fade from token t to the end of the chunk.
+
+    A log-decay fades all tokens before its own, so its gradient is the sum of k . dk over those.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, log_decay: Tensor, first_token: Tensor | None) -> Tensor:
+        fade = _fade_to_end(log_decay, first_token)
+        B, T, H, K = k.shape
+        state = fade.new_zeros(B, H, K, v.shape[-1])
+        for part in _token_slices(k, v, fade):
+            state += (k[:, part] * fade[:, part]).permute(0, 2, 3, 1) @ v[:, part].to(fade.dtype).transpose(1, 2)
+        ctx.save_for_backward(k, v, log_decay, first_token)
+        return state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, log_decay, first_token = ctx.saved_tensors
+        fade = _fade_to_end(log_decay, first_token)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        onto = torch.empty_like(log_decay)
+        for part in _token_slices(k, v, fade):
+            k_, v_ = (x[:, part].to(fade.dtype).transpose(1, 2) for x in (k, v))
+            dk_ = (v_ @ dstate.transpose(-1, -2)).transpose(1, 2) * fade[:, part]
+            dk[:, part] = dk_
+            dv[:, part] = (k_ @ dstate).transpose(1, 2) * fade[:, part]
+            onto[:, part] = (k_.transpose(1, 2) * dk_).sum(-1)
+        return dk, dv, F.pad(onto, (0, 0, 1, 0))[:, :-1].cumsum(1), None
+
+
+def _fade_to_end(log_decay: Tensor, first_token: Tensor | None) -> Tensor:
+    """(B, T, H, 1) from each token to the end of the chunk; 0 if another document begins between."""
+    later = log_decay.flip(1).cumsum(1).flip(1)  # from the end, where the sums that matter are small
+    fade = F.pad(later, (0, 0, 0, 1))[:, 1:].exp()
+    if first_token is not None and first_token.shape[1]:
+        t = torch.arange(log_decay.shape[1], device=log_decay.device)
+        fade = fade.masked_fill((t < first_token[:, -1:])[..., None], 0)
+    return fade[..., None]
+
+
+def _token_slices(k: Tensor, v: Tensor, fade: Tensor) -> list[slice]:
+    """The chunk cut so that the wide copies of one slice stay small."""
+    budget = GROUP_BYTES_CPU if k.device.type == "cpu" else GROUP_BYTES
+    B, T, H, K = k.shape
+    size = max(1, budget // (2 * B * H * (K + v.shape[-1]) * fade.element_size()))
+    return [slice(start, min(start + size, T)) for start in range(0, T, size)]
