@@ -20,7 +20,8 @@ class ParallelConfig:
     """Stages that the stack of layers is cut into."""
 
     sequence: PositiveInt = 1
-    """Ranks that share every sequence; more than 1 arrives with a later release."""
+    """Ranks that share every sequence, each with a part of its tokens; every sequence length divides by it times
+    `bands`."""
 
     bands: PositiveInt | Literal["auto"] = 1
     """Chunks per rank that a sequence is cut into and trained one after the other, exactly: more bands, less activation
@@ -45,9 +46,6 @@ class ParallelConfig:
 
     def validate(self, model: ModelConfig, world_size: int) -> None:
         """Raise UserError unless `model` can be cut this way over `world_size` processes."""
-        for name, size in (("sequence", self.sequence),):
-            if size > 1:
-                raise UserError(f"parallel.{name} is {size}: more than 1 arrives with a later release. Set it to 1.")
         if self.bands != 1:
             check_bands(self.bands, model, "parallel.bands")
         self.data(world_size)

@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = model
         self.activation_checkpointing = activation_checkpointing
-        self.bands = Bands(1)
+        self.bands = Bands(1, builder.sequence)
         self.embed_tokens = build_embedding(model, builder)
         self.layers = nn.ModuleList()
         self.shared_kv: SharedKeyValues | None = None
@@ -66,19 +66,23 @@ class Decoder(nn.Module):
         """Loss of whole sequences, in the bands that `set_bands` asked for.
 
         Args:
-            tokens: (B, T) int64.
+            tokens: (B, T) int64; on a sequence axis this rank's chunks, band after band (parallel/sequence.py).
             targets: (B, T) int64, the next token of each position, -100 where none is learned.
-            document_starts: (B, T) int64, index of the first token of each token's document; None: no borders.
+            document_starts: (B, T) int64, index in the sequence of the first token of each token's document; None: no
+                borders.
 
         Returns:
-            Sum of the losses over the targets (fp32, float64 for a float64 model) and their number (int64), both 0-d
+            Sum of the losses over these targets (fp32, float64 for a float64 model) and their number (int64), both 0-d
             and equal on every tensor rank.
         """
         if self.bands.count > 1:
             return banded_loss(self.stage(), self.bands, tokens, targets, document_starts)
         x = self.embed_tokens(tokens)
-        positions = Positions.of_chunk(0, tokens.shape[1], tokens.device, document_starts)
+        offset = self.bands.offset(0, tokens.shape[1])
+        positions = Positions.of_chunk(offset, tokens.shape[1], tokens.device, document_starts)
         x, left, _ = self._self_half(x, positions, self._empty(tokens.shape[0], x.dtype, x.device))
+        if self.shared_kv is not None and self.bands.axis is not None:
+            left = self.bands.axis.gather_seen(left)
         x = self._cross_half(x, positions, left)
         return self.head(x, targets)  # type: ignore[no-any-return]
 

@@ -90,6 +90,10 @@ class SequenceAxis:
         each rank those of its chunk. `kind` is the purpose that the bytes are counted under."""
         return KeyValues(*_Gather.apply(self, kind, *local))  # type: ignore[no-untyped-call]
 
+    def gather_seen(self, local: KeyValues, kind: str = "shared_kv") -> KeyValues:
+        """`gather`, cut at the end of this rank's chunk: what its queries may see of the band."""
+        return self.gather(local, kind).first((self.rank + 1) * local.key.shape[1])
+
     def gather_into(self, local: KeyValues, key: Tensor, value: Tensor, kind: str = "shared_kv") -> Pending:
         """Starts to write all ranks' chunks into `key` and `value` (B, P C, g, K), which may be slices of larger
         tensors. Without gradient. Collective; `wait` on what is returned before reading them."""

@@ -13,6 +13,7 @@ from megayoco.config import ModelConfig, ParallelConfig
 from megayoco.model.decoder import build_decoder
 from megayoco.model.parameters import canonical_parameters, gather_canonical, shards_of
 from megayoco.model.pipeline import build_pipeline
+from megayoco.parallel.sequence import own_chunks
 from megayoco.parallel.topology import Topology, build_topology
 
 SEED = 3
@@ -26,6 +27,8 @@ class Case:
     world: int
     tensor: int = 1
     pipeline: int = 1
+    sequence: int = 1
+    bands: int = 1
     zero: int = 0
     micro_batch: int = 2
     checkpointing: bool = False
@@ -33,15 +36,18 @@ class Case:
     documents: bool = True
 
     def __str__(self) -> str:
-        data = self.world // (self.tensor * self.pipeline)
-        parts = [f"{name}{size}" for name, size in (("t", self.tensor), ("p", self.pipeline), ("d", data)) if size > 1]
+        data = self.world // (self.tensor * self.pipeline * self.sequence)
+        axes = (("t", self.tensor), ("p", self.pipeline), ("s", self.sequence), ("d", data), ("bands", self.bands))
+        parts = [f"{name}{size}" for name, size in axes if size > 1]
         parts += [f"zero{self.zero}"] if self.dtype == torch.float32 else []
         parts += [f"micro{self.micro_batch}"] + ["checkpointing"] * self.checkpointing
         return "-".join(parts)
 
     @property
     def parallel(self) -> ParallelConfig:
-        return ParallelConfig(tensor=self.tensor, pipeline=self.pipeline)
+        return ParallelConfig(
+            tensor=self.tensor, pipeline=self.pipeline, sequence=self.sequence, bands=self.bands
+        )
 
 
 def model_config(name: str) -> ModelConfig:
@@ -51,6 +57,8 @@ def model_config(name: str) -> ModelConfig:
         return ModelConfig(pattern="llama", **shape)
     if name == "yoco-window":
         return ModelConfig(self_mixer="window", window=5, self_heads=4, **shape)
+    if name == "yoco-wide":  # a window of several chunks of every layout
+        return ModelConfig(self_mixer="window", window=20, self_heads=4, **shape)
     if name == "yoco-tied":
         return ModelConfig(self_heads=4, tie_embeddings=True, self_layers=1, **shape)
     return ModelConfig(self_heads=4, **shape)
@@ -93,7 +101,8 @@ def parallel_step(model: str, case: Case, batch: tuple[Tensor, ...]) -> tuple[fl
     micro_batches = []
     for i in range(accumulation):
         first = (topology.data_rank * accumulation + i) * case.micro_batch
-        tokens, targets, starts = (part[first : first + case.micro_batch] for part in batch)
+        own = (topology.sequence_rank, case.sequence, case.bands)
+        tokens, targets, starts = (own_chunks(part[first : first + case.micro_batch], *own) for part in batch)
         micro_batches.append((tokens, targets, starts if case.documents else None))
     run = _run_pipeline if case.pipeline > 1 else _run_plain if case.dtype == torch.float64 else _run_zero
     loss, gradients, module = run(config, case, topology, micro_batches, total)
@@ -113,6 +122,11 @@ def _run_plain(config: ModelConfig, case: Case, topology: Topology, micro_batche
     for gradient in gradients.values():
         dist.all_reduce(gradient, group=topology.gradient_group)
     return loss.item(), gradients, decoder
+
+
+def _replicas(topology: Topology) -> int:
+    """Ranks that DeepSpeed averages over: to it the ranks of a sequence are replicas like any others."""
+    return topology.data * topology.sequence
 
 
 def _deepspeed_config(case: Case, accumulation: int) -> dict[str, Any]:
@@ -144,10 +158,10 @@ def _run_zero(config: ModelConfig, case: Case, topology: Topology, micro_batches
         part = engine(*micro_batch)[0] / total
         loss += part.detach()
         # the engine divides by the accumulation steps and averages over the data axis
-        engine.backward(part * len(micro_batches) * topology.data)
+        engine.backward(part * len(micro_batches) * _replicas(topology))
         if i < len(micro_batches) - 1:
             engine.step()
-    dist.all_reduce(loss, group=topology.data_group)
+    dist.all_reduce(loss, group=topology.gradient_group)
     gradients = {name: safe_get_full_grad(p).clone() for name, p in canonical_parameters(engine.module).items()}
     return loss.item(), gradients, engine.module
 
@@ -184,7 +198,7 @@ def _run_pipeline(config: ModelConfig, case: Case, topology: Topology, micro_bat
         seed=SEED,
         dtype=case.dtype,
         activation_checkpointing=case.checkpointing,
-        sequence_length=micro_batches[0][0].shape[1],
+        sequence_length=micro_batches[0][0].shape[1] * case.sequence,
         documents=case.documents,
     )
     engine, *_ = deepspeed.initialize(
@@ -213,7 +227,7 @@ def _run_pipeline(config: ModelConfig, case: Case, topology: Topology, micro_bat
         return loss
 
     module.loss_fn = recording_loss
-    scale = torch.tensor(len(micro_batches) * topology.data / total, dtype=case.dtype)
+    scale = torch.tensor(len(micro_batches) * _replicas(topology) / total, dtype=case.dtype)
     engine.train_batch(iter([((t, s) if case.documents else (t,), (y, scale)) for t, y, s in micro_batches]))
     loss = torch.stack(losses).sum().double() if losses else torch.zeros((), dtype=torch.float64)
     if topology.tensor_rank != 0:
@@ -222,5 +236,5 @@ def _run_pipeline(config: ModelConfig, case: Case, topology: Topology, micro_bat
     if wide:
         for gradient in gradients.values():
             dist.all_reduce(gradient, group=topology.gradient_group)
-            gradient /= topology.data
-    return loss.item() / len(micro_batches) / topology.data, gradients, module
+            gradient /= _replicas(topology)
+    return loss.item() / len(micro_batches) / _replicas(topology), gradients, module

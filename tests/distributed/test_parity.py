@@ -34,6 +34,13 @@ FLOAT64 = [
     Case(world=4, pipeline=2, micro_batch=1, checkpointing=True),
 ]
 
+SEQUENCE = [
+    Case(world=2, sequence=2),
+    Case(world=4, sequence=4, micro_batch=1, checkpointing=True),
+    Case(world=4, sequence=2, tensor=2, micro_batch=8),
+    Case(world=4, sequence=2, pipeline=2, checkpointing=True),
+]
+
 FP32 = [
     *(Case(world=2, zero=stage, dtype=torch.float32) for stage in (0, 1, 2, 3)),
     *(Case(world=2, zero=stage, dtype=torch.float32, micro_batch=4, checkpointing=True) for stage in (2, 3)),
@@ -41,6 +48,11 @@ FP32 = [
     Case(world=4, tensor=2, zero=3, dtype=torch.float32, checkpointing=True),
     Case(world=4, pipeline=2, zero=1, dtype=torch.float32),
     Case(world=4, tensor=2, pipeline=2, zero=1, dtype=torch.float32, checkpointing=True),
+]
+
+SEQUENCE_FP32 = [
+    *(Case(world=4, sequence=2, zero=stage, dtype=torch.float32) for stage in (1, 2, 3)),
+    Case(world=4, sequence=2, pipeline=2, zero=1, dtype=torch.float32, micro_batch=4),
 ]
 
 
@@ -61,6 +73,19 @@ def check(workers: Workers, model: str, case: Case, loss_tolerance: float, toler
 @pytest.mark.parametrize("model", MODELS)
 def test_float64_loss_and_every_gradient_equal_one_process(workers: Workers, model: str, case: Case) -> None:
     check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("case", SEQUENCE, ids=str)
+@pytest.mark.parametrize("model", [*MODELS, "yoco-wide"])
+def test_float64_of_a_shared_sequence_equals_one_process(workers: Workers, model: str, case: Case) -> None:
+    """Chunks of 12 and 6 tokens; document borders inside them and on their edges; windows of 5 and 20."""
+    check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("case", SEQUENCE_FP32, ids=str)
+@pytest.mark.parametrize("model", ["yoco-retention", "yoco-wide", "llama"])
+def test_fp32_of_a_shared_sequence_equals_one_process(workers: Workers, model: str, case: Case) -> None:
+    check(workers, model, case, loss_tolerance=1e-6, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("case", FP32, ids=str)
