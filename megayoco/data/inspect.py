@@ -91,7 +91,7 @@ def inspect_pair(
     """Look at a pair. Damage does not raise, it is what the summary says.
 
     Args:
-        check: read every token, instead of the beginnings and ends of SAMPLED_DOCUMENTS documents. The index is read
+        check: read every token, instead of SAMPLED_TOKENS from each of SAMPLED_DOCUMENTS places. The index is read
             as a whole in either case.
         tokenizer: for the text of samples and the end of document; without it, the one that the meta file names.
         vocab_size: ids must be below it; without it, the tokenizer's.
@@ -196,8 +196,8 @@ def scan(
     ends, first, end = _DocumentEnds(pair), 0, 0
     for lengths in pair.blocks("lengths"):
         start, borders = end, end + np.cumsum(lengths, dtype=np.int64)
-        last = np.unique(ends.up_to(first + len(lengths))) - first - 1  # last sequences of documents
-        last = last[last >= 0]
+        last = ends.up_to(first + len(lengths)) - first - 1  # last sequences of documents, again for empty ones
+        last = last[np.diff(last, prepend=-1) > 0]
         closing = borders[last[lengths[last] > 0]] - 1  # last tokens of documents
         end = int(borders[-1])
         for at in range(start, end, block):
@@ -213,9 +213,9 @@ def scan(
 
 
 def sample(pair: Pair, *, eod: int | None, vocab_size: int | None) -> Content:
-    """Look at beginnings and ends of documents that are spread evenly over the pair."""
+    """Look at the tokens from the beginnings of documents that are spread evenly over the pair, and at their ends."""
     found = _Found(eod, vocab_size)
-    count = min(SAMPLED_DOCUMENTS, pair.num_documents)
+    count, seen = min(SAMPLED_DOCUMENTS, pair.num_documents), 0
     for number in np.linspace(0, pair.num_documents - 1, count).astype(np.int64).tolist():
         first, after = pair.number("documents", number), pair.number("documents", number + 1)
         if first == after:
@@ -224,9 +224,11 @@ def sample(pair: Pair, *, eod: int | None, vocab_size: int | None) -> Content:
         end = pair.number("offsets", after - 1) // pair.dtype.itemsize + pair.number("lengths", after - 1)
         if start == end:
             continue
-        place = found.look_at(pair.tokens(start, min(end - start, SAMPLED_TOKENS)), pair.tokens(end - 1, 1))
+        start = max(start, seen)  # what is read may go on into the documents after this one
+        seen = min(start + SAMPLED_TOKENS, pair.num_tokens)
+        place = found.look_at(pair.tokens(start, seen - start), pair.tokens(end - 1, 1))
         if place is not None:
-            found.first_outside = f"token {start + place:,}, in document {number:,}"
+            found.first_outside = f"token {start + place:,}"
     return found.content(whole=False)
 
 
@@ -240,14 +242,16 @@ class _Found:
         self.first_outside: str | None = None
 
     def look_at(self, tokens: np.ndarray, closing: np.ndarray) -> int | None:
-        """Note tokens (n,), n > 0, and last tokens of documents; returns the place of the first id ever outside."""
+        """Note tokens (n,) and last tokens of documents; returns the place of the first id ever outside."""
+        self.ends += len(closing)
+        if self.eod is not None:
+            self.eods += int((closing == self.eod).sum())
+        if not len(tokens):
+            return None
         low, high = int(tokens.min()), int(tokens.max())
         self.low = low if self.low is None else min(self.low, low)
         self.high = max(self.high, high)
         self.tokens += len(tokens)
-        self.ends += len(closing)
-        if self.eod is not None:
-            self.eods += int((closing == self.eod).sum())
         if low >= 0 and (self.vocab_size is None or high < self.vocab_size):
             return None
         outside = tokens < 0

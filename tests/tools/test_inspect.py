@@ -271,3 +271,11 @@ def test_neither_torch_nor_matplotlib_is_imported_for_text(prefix):
     )
     subprocess.run([sys.executable, "-c", code, prefix], cwd=ROOT, check=True, timeout=60, stdout=subprocess.DEVNULL)
     assert documents_of(prefix)[0][0][-1] == 256
+
+
+@pytest.mark.parametrize("tool", ["inspect_dataset", "merge_datasets"])
+def test_help_and_unknown_flags(tool, capsys):
+    for arguments, code in ((["--help"], 0), (["--no-such-flag"], 2), ([], 2)):
+        with pytest.raises(SystemExit) as caught:
+            load_tool(tool).main(arguments)
+        assert caught.value.code == code
