@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,7 @@ from megayoco.layers.shared_kv import SharedKeyValues
 from megayoco.model.blocks import Head, Layer, run_block
 from megayoco.ops.attention_store import KeyValueStore
 from megayoco.ops.cross_entropy import IGNORED
-
-if TYPE_CHECKING:
-    from megayoco.parallel.sequence import SequenceAxis
+from megayoco.parallel.sequence import SequenceAxis
 
 ROWS = 4096
 """Rows of the cross half whose graph exists at a time: enough for full speed, few beside a chunk's memory."""
