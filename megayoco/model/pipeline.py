@@ -5,7 +5,7 @@ tensor rank's shard of the shared keys and values, as long as cross layers follo
 that spell each token's document start. DeepSpeed's engine runs one backward per tensor over the same graph and fails
 where a stage leaves one unused, so a tuple would not serve. Inside a stage the parts travel unpacked.
 
-Shapes: B batch, T tokens, D model dim, g key-value heads of this tensor rank, K head dim;
+Shapes: B batch, T tokens of this rank, D model dim, g key-value heads of this tensor rank, K head dim;
         packed (B, T, D [+ 2 g K] [+ 4]).
 """
 
@@ -25,6 +25,7 @@ from megayoco.layers.shared_kv import SharedKeyValues
 from megayoco.model.blocks import Head, build_embedding, build_layer, remark_tied_head, run_block
 from megayoco.model.decoder import set_rope_theta
 from megayoco.model.flops import block_flops
+from megayoco.parallel.sequence import SequenceAxis
 from megayoco.parallel.topology import Topology, pipeline_topology
 
 _START_COLUMNS = 4
@@ -37,6 +38,9 @@ class _Flow(NamedTuple):
     hidden: Tensor
     positions: Positions
     shared: KeyValues | None = None
+    """The shared keys and values of this rank's tokens."""
+    seen: KeyValues | None = None
+    """Those of every token up to its last, which cross layers read: gathered once per stage."""
 
 
 class _Wire:
@@ -50,6 +54,7 @@ class _Wire:
         self.dim = model.dim
         self.carries_shared = made and "cross" in pattern[position:]
         self.carries_documents = documents
+        self.sequence = builder.sequence
 
     def pack(self, flow: _Flow) -> Tensor:
         parts = [flow.hidden]
@@ -74,7 +79,13 @@ class _Wire:
         if self.carries_shared:
             shape = (self.heads, self.head_dim)
             shared = KeyValues(key.unflatten(-1, shape), value.unflatten(-1, shape))
-        return _Flow(hidden, Positions.of_chunk(0, packed.shape[1], packed.device, start), shared)
+        return _Flow(hidden, _positions(hidden, self.sequence, start), shared)
+
+
+def _positions(x: Tensor, sequence: SequenceAxis | None, start: Tensor | None) -> Positions:
+    """Of the tokens that this rank has of a sequence: x is (B, T, ...)."""
+    offset = 0 if sequence is None else sequence.rank * x.shape[1]
+    return Positions.of_chunk(offset, x.shape[1], x.device, start)
 
 
 class _EmbedStage(nn.Module):
@@ -83,13 +94,13 @@ class _EmbedStage(nn.Module):
     def __init__(self, model: ModelConfig, builder: Builder, documents: bool, ends: bool) -> None:
         super().__init__()
         self.embed_tokens = build_embedding(model, builder)
+        self.sequence = builder.sequence
         self.wire = _Wire(model, builder, 0, documents) if ends else None
 
     def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> _Flow | Tensor:
         tokens, *starts = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
         start = starts[0] if starts else None
-        positions = Positions.of_chunk(0, tokens.shape[1], tokens.device, start)
-        flow = _Flow(self.embed_tokens(tokens), positions)
+        flow = _Flow(self.embed_tokens(tokens), _positions(tokens, self.sequence, start))
         return flow if self.wire is None else self.wire.pack(flow)
 
 
@@ -112,20 +123,24 @@ class _LayerStage(nn.Module):
         self.wire_out = _Wire(model, builder, position + 1, documents) if ends else None
         self.is_cross = model.layer_pattern()[position] == "cross"
         self.recompute = recompute
+        self.sequence = builder.sequence
 
     def forward(self, inputs: _Flow | Tensor) -> _Flow | Tensor:
         flow = inputs if self.wire_in is None else self.wire_in.unpack(inputs)  # type: ignore[arg-type]
         assert isinstance(flow, _Flow)
-        x, positions, shared = flow
+        x, positions, shared, seen = flow
         if self.is_cross:
-            left: Any = shared
+            assert shared is not None
+            if seen is None:
+                seen = shared if self.sequence is None else self.sequence.gather_seen(shared)
+            left: Any = seen
         else:
             owner: Any = self.block if isinstance(self.block, SharedKeyValues) else self.block.mixer
             left = owner.empty_context(x.shape[0], x.dtype, x.device)
         x, right = run_block(self.block, x, positions, left, self.recompute and self.training)
         if isinstance(self.block, SharedKeyValues):
             shared = right
-        flow = _Flow(x, positions, shared)
+        flow = _Flow(x, positions, shared, seen)
         return flow if self.wire_out is None else self.wire_out.pack(flow)
 
 
@@ -263,8 +278,8 @@ def build_pipeline(
     """The pipeline stage of this rank.
 
     A micro-batch of the engine is `((tokens[, document_starts]), (targets, scale))`: tokens, starts, targets (B, T)
-    int64, -100 in targets for none; the engine's loss is the sum of losses times `scale` (0-d, float). With `documents`
-    every micro-batch must carry document starts.
+    int64, on a sequence axis those of this rank, -100 in targets for none; the engine's loss is the sum of losses times
+    `scale` (0-d, float). With `documents` every micro-batch must carry document starts.
     """
     builder = Builder.of(topology, seed, dtype)
     return PipelineDecoder(

@@ -45,9 +45,7 @@ class Case:
 
     @property
     def parallel(self) -> ParallelConfig:
-        return ParallelConfig(
-            tensor=self.tensor, pipeline=self.pipeline, sequence=self.sequence, bands=self.bands
-        )
+        return ParallelConfig(tensor=self.tensor, pipeline=self.pipeline, sequence=self.sequence, bands=self.bands)
 
 
 def model_config(name: str) -> ModelConfig:
