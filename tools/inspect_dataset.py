@@ -82,7 +82,7 @@ def inspect(prefix: str, args: argparse.Namespace, tokenizer: Tokenizer | None) 
         if progress is None:
             progress = ProgressReport(prefix, 1.0, lambda seconds: f"{billions:.2f} billion tokens", 1000)
         billions = done / 1e9
-        progress.update(done / total, done // 1_000_000)
+        progress.update(done / max(total, 1), done // 1_000_000)
 
     try:
         return inspect_pair(

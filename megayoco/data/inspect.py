@@ -193,6 +193,7 @@ def scan(
 ) -> Content:
     """Read every token of a pair without damage in its index."""
     found = _Found(eod, vocab_size)
+    report(0, pair.num_tokens)
     ends, first, end = _DocumentEnds(pair), 0, 0
     for lengths in pair.blocks("lengths"):
         start, borders = end, end + np.cumsum(lengths, dtype=np.int64)

@@ -140,6 +140,7 @@ def _copy_tokens(
 ) -> int:
     """Copy the tokens of all pairs; returns the largest id, -1 if there is none."""
     total, done, max_id = sum(pair.num_tokens for pair in pairs), 0, -1
+    report(done, total)
     for pair in pairs:
         for first in range(0, pair.num_tokens, block):
             tokens = pair.tokens(first, min(block, pair.num_tokens - first))
