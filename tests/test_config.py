@@ -258,7 +258,7 @@ def test_data_parallel_size_is_what_is_left_over():
         ({"tensor": 4}, {"vocab_size": 130}, "model.vocab_size 130 cannot be split"),
         ({"tensor": 4}, {"heads": 24, "dim": 192, "kv_heads": 6}, "model.kv_heads 6 can be neither split"),
         ({"pipeline": 4}, {"layers": 3}, "parallel.pipeline 4 needs a layer for each stage"),
-        ({"sequence": 4}, {}, "parallel.sequence is 4: more than 1 arrives with a later release"),
+        ({"sequence": 8}, {}, "4 processes cannot be split into pipeline 1 x sequence 8 x tensor 1 = 8"),
         ({"bands": 2}, {"pattern": "llama"}, "parallel.bands is 2, but in the llama pattern"),
         ({"tensor": 8}, {}, "4 processes cannot be split"),
     ],
@@ -266,6 +266,17 @@ def test_data_parallel_size_is_what_is_left_over():
 def test_layouts_that_do_not_fit_are_refused_with_the_arithmetic(parallel, model, message):
     with pytest.raises(UserError, match=re.escape(message)):
         ParallelConfig(**parallel).validate(ModelConfig(**{**MODEL, **model}), 4)
+
+
+def test_a_sequence_that_cannot_be_cut_into_equal_chunks_names_phase_numbers_and_remedy(run_yaml):
+    load_config(run_yaml(), ["parallel.sequence=4", "parallel.bands=8"])
+    assert refusal(run_yaml(), "parallel.sequence=6").endswith(
+        "phases.0.sequence_length 256 cannot be cut into equal chunks for parallel.sequence 6: it leaves 4 tokens. Use "
+        "252, or change one of the others."
+    )
+    assert "for parallel.sequence 4 x 3 bands = 12: it leaves 4 tokens" in refusal(
+        run_yaml(), "parallel.sequence=4", "phases.0.bands=3"
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])

@@ -220,6 +220,22 @@ class RunConfig:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     """Number that initial weights and the order of the data follow from."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        ranks = self.parallel.sequence
+        for number, phase in enumerate(self.phases):
+            bands = self.phase_bands(number)
+            chunks = ranks * (1 if bands == "auto" else bands)
+            if phase.sequence_length % chunks:
+                count = f"parallel.sequence {ranks}" + ("" if chunks == ranks else f" x {bands} bands = {chunks}")
+                nearest = max(phase.sequence_length // chunks, 1) * chunks
+                refuse(
+                    f"phases.{number}.sequence_length",
+                    f"{phase.sequence_length} cannot be cut into equal chunks for {count}: it leaves "
+                    f"{phase.sequence_length % chunks} tokens. Use {nearest}, or change one of the others",
+                )
+        return self
+
     def phase_data(self, phase: int) -> DataConfig:
         """The data of phase number `phase`: the run's, with what the phase replaces."""
         override = self.phases[phase].data

@@ -338,4 +338,4 @@ def _exchange(
 
 def own_chunks(x: Tensor, rank: int, ranks: int, bands: int) -> Tensor:
     """This rank's chunks of whole sequences, band after band: (B, N) -> (B, N / ranks). N divides by ranks x bands."""
-    return x.unflatten(1, (bands, ranks, -1))[:, :, rank].flatten(1)
+    return x.unflatten(1, (bands, ranks, -1))[:, :, rank].flatten(1).contiguous()

@@ -22,6 +22,7 @@ from megayoco.data.batches import IGNORE, MicroBatch, ValidationBatches
 from megayoco.dsconfig import precision
 from megayoco.model.decoder import build_decoder
 from megayoco.model.pipeline import build_pipeline
+from megayoco.parallel.sequence import own_chunks
 from megayoco.parallel.topology import Topology
 from megayoco.train.agreement import AgreedError
 from megayoco.train.optimizer import NormAndClip, build_optimizer, parameter_groups
@@ -56,6 +57,8 @@ class Engine:
         self._pipelined = topology.pipeline > 1
         self._documents = any(run.phase_data(number).document_mask for number in range(len(run.phases)))
         config = engine_config(ds_config)
+        # to DeepSpeed the ranks of a sequence are replicas like any others
+        config["train_batch_size"] *= topology.sequence
         self.config = config
         module = self._build(run)
         groups = parameter_groups(module, run.optimizer.weight_decay)
@@ -90,7 +93,7 @@ class Engine:
         phase = self._run.phases[number]
         engine = self.deepspeed
         engine.set_train_micro_batch_size(phase.micro_batch_size)
-        engine.set_train_batch_size(phase.batch_size)
+        engine.set_train_batch_size(phase.batch_size * self.topology.sequence)
         self._accumulation = engine.gradient_accumulation_steps()
         if hasattr(engine.optimizer, "gradient_accumulation_steps"):
             engine.optimizer.gradient_accumulation_steps = self._accumulation
@@ -167,6 +170,10 @@ class Engine:
         )
 
     def _to_device(self, batch: MicroBatch) -> MicroBatch:
+        """This rank's part of the sequences, on its device."""
+        axis = (self.topology.sequence_rank, self.topology.sequence, 1)
+        if self.topology.sequence > 1:
+            batch = batch._replace(**{k: own_chunks(x, *axis) for k, x in batch._asdict().items() if x is not None})
         starts = batch.document_starts
         if starts is None and self._pipelined and self._documents:
             starts = torch.zeros_like(batch.tokens)  # stages were built to pass borders on: one document per sequence

@@ -81,7 +81,20 @@ def _activations(run: RunConfig, phase_number: int, topology: Topology, width: i
     kept = layers * model.dim + layer if run.parallel.activation_checkpointing else layers * layer
     # 1F1B: the first stage has one micro-batch under way for each stage
     in_flight = min(topology.pipeline, phase.micro_batches(topology.data))
-    return tokens * kept * width * in_flight
+    return tokens * kept * width * in_flight + _gathered(run, phase_number, topology, width)
+
+
+def _gathered(run: RunConfig, phase_number: int, topology: Topology, width: int) -> float:
+    """Keys and values of whole sequences on a sequence axis: once for all cross layers with their gradients, else of
+    every full layer (of one at a time where activations are computed again)."""
+    if topology.sequence == 1:
+        return 0.0
+    phase, model = run.phases[phase_number], run.model
+    pairs = (
+        2.0 if model.pattern == "yoco" or run.parallel.activation_checkpointing else model.layers / topology.pipeline
+    )
+    heads = max(model.num_kv_heads // topology.tensor, 1)
+    return phase.micro_batch_size * phase.sequence_length * pairs * 2 * heads * model.head_dim * width
 
 
 def available_memory(device: torch.device, local_size: int) -> tuple[float, str]:

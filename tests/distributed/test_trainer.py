@@ -32,13 +32,15 @@ class Layout:
     world: int
     tensor: int = 1
     pipeline: int = 1
+    sequence: int = 1
     zero: int = 0
     micro_batch: int = 2
     checkpointing: bool = False
 
     def __str__(self) -> str:
-        return f"t{self.tensor}-p{self.pipeline}-world{self.world}-zero{self.zero}-micro{self.micro_batch}" + (
-            "-checkpointing" * self.checkpointing
+        return (
+            f"t{self.tensor}-p{self.pipeline}-s{self.sequence}-world{self.world}-zero{self.zero}-micro{self.micro_batch}"
+            + ("-checkpointing" * self.checkpointing)
         )
 
 
@@ -55,9 +57,21 @@ LAYOUTS = {
         Layout(4, tensor=2, pipeline=2),
         Layout(4, tensor=2, zero=2),
         Layout(4, pipeline=2, zero=1),
+        Layout(4, sequence=2, zero=2),
     ],
-    "yoco-window": [Layout(4, tensor=4), Layout(4, tensor=2, pipeline=2, zero=1), Layout(2, zero=3)],
-    "llama": [Layout(4, tensor=4), Layout(4, tensor=2, pipeline=2, zero=1), Layout(2, zero=3)],
+    "yoco-window": [
+        Layout(4, tensor=4),
+        Layout(4, tensor=2, pipeline=2, zero=1),
+        Layout(2, zero=3),
+        Layout(4, sequence=4, micro_batch=4),
+        Layout(4, sequence=2, pipeline=2, zero=1),
+    ],
+    "llama": [
+        Layout(4, sequence=2, zero=3, checkpointing=True),
+        Layout(4, tensor=4),
+        Layout(4, tensor=2, pipeline=2, zero=1),
+        Layout(2, zero=3),
+    ],
 }
 
 
@@ -95,6 +109,7 @@ def run(
         "parallel": {
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
+            "sequence": layout.sequence,
             "activation_checkpointing": layout.checkpointing,
         },
         "data": {
