@@ -183,6 +183,14 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return _validated(RunConfig, values, source)
 
 
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """A YAML file as text, numbers, lists and mappings, by the rules of a run's config. UserError names the line."""
+    try:
+        return _Source(path).read()
+    except RecursionError:
+        raise UserError(f"{os.fspath(path)} is nested too deeply.") from None
+
+
 def _validated(cls: type[Any], values: Any, source: _Source) -> Any:
     try:
         # JSON is the mode in which strict fields still take lists and mappings for tuples and sections

@@ -9,14 +9,14 @@ on the layout, and the number of samples consumed is all that a resumed run need
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megayoco.data.datasets import SampleSource
+from megayoco.data.samples import FiniteSource, Sample, SampleSource
 from megayoco.errors import UserError
 
 IGNORE = -100
@@ -98,13 +98,13 @@ class Batches:
 class ValidationBatches:
     """The same finite batches every time it is iterated, each a list of micro-batches as next_step gives.
 
-    The first `num_batches` batches of the dataset's first epoch, fewer if it is shorter; sequences that fill up the
-    last one beyond the epoch take no loss, so no sample counts twice. Arguments as in Batches.
+    The first `num_batches` batches of the dataset, fewer if it is shorter; sequences that fill up the last one beyond
+    the end take no loss, so no sample counts twice. Arguments as in Batches.
     """
 
     def __init__(
         self,
-        dataset: SampleSource,
+        dataset: FiniteSource,
         *,
         num_batches: int,
         batch_size: int,
@@ -113,9 +113,9 @@ class ValidationBatches:
         data_size: int,
         document_mask: bool = False,
     ):
-        self._plan = _Plan(_FirstEpoch(dataset), batch_size, micro_batch_size, data_rank, data_size, document_mask)
+        self._plan = _Plan(_FilledUp(dataset), batch_size, micro_batch_size, data_rank, data_size, document_mask)
         self._batch_size = batch_size
-        self._num_batches = min(num_batches, -(-dataset.samples_per_epoch // batch_size))
+        self._num_batches = min(num_batches, -(-dataset.num_samples // batch_size))
 
     def __len__(self) -> int:
         return self._num_batches
@@ -136,8 +136,8 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, data_size: int) -
     return batch_size // at_once
 
 
-def collate(samples: Sequence[Mapping[str, Any]], *, document_mask: bool) -> MicroBatch:
-    """Samples of T + 1 tokens as one micro-batch of T tokens each; a sample with "padding" takes no loss.
+def collate(samples: Sequence[Sample], *, document_mask: bool) -> MicroBatch:
+    """Samples of T + 1 tokens as one micro-batch of T tokens each; the padding behind num_targets takes no loss.
 
     In numpy throughout: torch operations in the loader's thread would start a second pool of compute threads.
     """
@@ -145,13 +145,12 @@ def collate(samples: Sequence[Mapping[str, Any]], *, document_mask: bool) -> Mic
     tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
     starts = np.zeros_like(tokens) if document_mask else None
     for row, sample in enumerate(samples):
+        targets[row, sample["num_targets"] :] = IGNORE
         if starts is not None:
             borders = sample["borders"]
             targets[row, borders - 1] = IGNORE
             inside = borders[borders < tokens.shape[1]]
             starts[row, inside] = inside
-        if sample.get("padding"):
-            targets[row] = IGNORE
     if starts is not None:
         np.maximum.accumulate(starts, axis=1, out=starts)
     return MicroBatch(
@@ -186,17 +185,16 @@ class _Plan:
         return micro_batches
 
 
-class _FirstEpoch:
-    """A dataset whose samples beyond the first epoch are marked as padding."""
+class _FilledUp:
+    """A finite dataset, followed by samples without targets."""
 
-    def __init__(self, dataset: SampleSource):
+    def __init__(self, dataset: FiniteSource):
         self._dataset = dataset
-        self.samples_per_epoch = dataset.samples_per_epoch
 
-    def __getitem__(self, number: int) -> Any:
-        if number < self.samples_per_epoch:
+    def __getitem__(self, number: int) -> Sample:
+        if number < self._dataset.num_samples:
             return self._dataset[number]
-        return {**self._dataset[0], "padding": True}
+        return Sample(**{**self._dataset[0], "num_targets": 0})  # type: ignore[typeddict-item]
 
 
 class _Loader:
@@ -220,6 +218,8 @@ class _Loader:
 
     def close(self) -> None:
         self.stop.set()
+        while not self._ready.empty():  # makes room for what the thread may be waiting to hand over
+            self._ready.get_nowait()
         self._thread.join()
 
 

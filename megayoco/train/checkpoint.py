@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megayoco.config import RunConfig, model_config_to_dict
+from megayoco.data.cache import FORMAT as ORDER_FORMAT
 from megayoco.dsconfig import precision
 from megayoco.errors import UserError
 from megayoco.parallel.topology import Topology
@@ -64,16 +65,15 @@ def run_identity(run: RunConfig, topology: Topology, ds_config: dict[str, Any], 
     values["precision"] = precision(ds_config)
     values["zero_optimization.stage"] = ds_config["zero_optimization"]["stage"]
     values["seed"] = run.seed
+    values["order of samples"] = ORDER_FORMAT
     values["phases.0.sequence_length"] = run.phases[0].sequence_length  # pipeline stages are cut by it
     position = Timeline.of(run).position(step)
     for number in range(position.phase + 1):
         phase, data = run.phases[number], run.phase_data(number)
         values[f"phases.{number}.sequence_length"] = phase.sequence_length
         values[f"phases.{number}.batch_size"] = phase.batch_size
-        for key in ("train", "split", "document_mask"):
-            values[f"data.{key} of phase {number}"] = getattr(data, key)
-        if data.valid is not None:
-            values[f"data.valid of phase {number}"] = "given"  # then the split does not cut the training data
+        for key, value in {**data.order_settings(), "document_mask": data.document_mask}.items():
+            values[f"data.{key} of phase {number}"] = value
         if number < position.phase:
             values[f"phases.{number}, steps"] = phase.num_steps
     return json.loads(json.dumps(values, default=vars))  # type: ignore[no-any-return]

@@ -52,8 +52,7 @@ class Timeline:
     @classmethod
     def of(cls, run: RunConfig) -> Timeline:
         """The phases of a run with the data of each."""
-        data = [run.phase_data(number) for number in range(len(run.phases))]
-        return cls(run.phases, [(d.train, None if d.valid else d.split) for d in data])
+        return cls(run.phases, [run.phase_data(number).order_settings() for number in range(len(run.phases))])
 
     def position(self, step: int) -> Position:
         """Where the run stands after `step` steps. Raises ValueError outside 0..total_steps."""

@@ -14,7 +14,7 @@ import torch
 
 from megayoco.config import RunConfig, load_config
 from megayoco.data.batches import Batches, ValidationBatches
-from megayoco.data.datasets import Datasets, build_datasets, resolve_tokenizer
+from megayoco.data.datasets import Datasets, build_datasets, resolve_tokenizer, with_blend_files
 from megayoco.dsconfig import load_deepspeed_config, precision
 from megayoco.errors import UserError
 from megayoco.model.parameters import count_parameters
@@ -27,7 +27,7 @@ from megayoco.train.engine import Engine, engine_config
 from megayoco.train.memory import MemoryEstimate, check_memory, estimate_memory
 from megayoco.train.metrics import Peak, find_peak
 from megayoco.train.output import OutputPlan, plan_output, prepare_output
-from megayoco.train.phases import Timeline
+from megayoco.train.phases import Timeline, phase_label
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Session:
     def __init__(self, request: Request, launch: Launch, device: torch.device) -> None:
         self.launch, self.device = launch, device
         with all_ranks_agree():
-            self.run: RunConfig = load_config(request.config, list(request.overrides))
+            self.run: RunConfig = with_blend_files(load_config(request.config, list(request.overrides)))
             data_size = self._check_layout()
             self.ds_config = load_deepspeed_config(request.deepspeed_config, self.run, data_size, device)
             self.backends = describe_backends(device)
@@ -75,6 +75,7 @@ class Session:
         # the data of every phase, so that a prefix missing in the last one does not end the run after a week
         first = self.timeline.position(self.step).phase
         datasets = {number: self._build_datasets(number) for number in range(first, len(self.run.phases))}
+        self._data_lines = [line for number in datasets for line in self._describe_data(number, datasets[number])]
         self._datasets: dict[int, Datasets] = {first: datasets[first]}
         with all_ranks_agree():
             if launch.rank == 0:
@@ -128,7 +129,8 @@ class Session:
             f"{self.timeline.total_tokens:,} tokens, output {self.directory}",
         }
         width = max(map(len, lines))
-        return [f"{name:<{width}}  {value}" for name, value in lines.items()]
+        data = [f"{'data':<{width}}  {line}" for line in self._data_lines]
+        return [f"{name:<{width}}  {value}" for name, value in lines.items()] + data
 
     def _check_layout(self) -> int:
         run, world = self.run, self.launch.world_size
@@ -142,7 +144,7 @@ class Session:
         return data_size
 
     def _tokenizer(self) -> Any:
-        tokenizer = resolve_tokenizer(self.run.data)
+        tokenizer = resolve_tokenizer(self.run.data, *map(self.run.phase_data, range(len(self.run.phases))))
         if tokenizer.vocab_size > self.run.model.vocab_size:
             raise UserError(
                 f"The tokenizer {tokenizer.model or tokenizer.type} has {tokenizer.vocab_size} ids, model.vocab_size "
@@ -151,16 +153,27 @@ class Session:
         return tokenizer
 
     def _build_datasets(self, number: int) -> Datasets:
-        # rank 0 builds while the others wait; an error there reaches all, one elsewhere comes after the last collective
         with all_ranks_agree():
             return build_datasets(
                 self.run.phase_data(number),
                 sequence_length=self.run.phases[number].sequence_length,
-                num_samples=self.timeline.samples_until_end(number),
                 seed=self.run.seed,
                 vocab_size=self.run.model.vocab_size,
                 default_cache_dir=os.path.join(self.run.output_dir, "data_cache"),
             )
+
+    def _describe_data(self, number: int, datasets: Datasets) -> list[str]:
+        """What a phase reads, and how often: many epochs of a small dataset are rarely meant."""
+        tokens = self.timeline.samples_until_end(number) * self.run.phases[number].sequence_length
+        label, sources, most = phase_label(self.run.phases, number), datasets.shares, 10
+        lines = [
+            f"phase {label}: {100 * source.share:.4g} % of the samples from {source.prefix}, "
+            f"{source.tokens_per_epoch:,} tokens, {source.share * tokens / source.tokens_per_epoch:.3g} epochs"
+            for source in sources[:most]
+        ]
+        if len(sources) > most:
+            lines.append(f"phase {label}: and {len(sources) - most} more datasets")
+        return lines
 
     def _datasets_of(self, number: int) -> Datasets:
         if number not in self._datasets:

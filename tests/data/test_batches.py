@@ -7,8 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from megayoco.config import DataConfig
 from megayoco.data.batches import Batches, ValidationBatches, accumulation_steps
+from megayoco.data.datasets import build_datasets
+from megayoco.data.indexed import IndexedWriter
 from megayoco.errors import UserError
 
 T = 6
@@ -17,13 +22,18 @@ T = 6
 class Counting:
     """Sample n holds the tokens 100 n, 100 n + 1, ...; borders as given for every sample."""
 
-    def __init__(self, borders=(), samples_per_epoch=10**6, fails_at=10**9):
-        self.borders, self.samples_per_epoch, self.fails_at = list(borders), samples_per_epoch, fails_at
+    def __init__(self, borders=(), num_samples=10**6, fails_at=10**9, num_targets=T):
+        self.borders, self.num_samples, self.fails_at = list(borders), num_samples, fails_at
+        self.num_targets = num_targets
 
     def __getitem__(self, number):
         if number >= self.fails_at:
             raise OSError("the disk is gone")
-        return {"tokens": 100 * number + np.arange(T + 1), "borders": np.array(self.borders, np.int64)}
+        return {
+            "tokens": 100 * number + np.arange(T + 1),
+            "borders": np.array(self.borders, np.int64),
+            "num_targets": self.num_targets,
+        }
 
 
 def sample_numbers(step):
@@ -68,6 +78,50 @@ def test_a_resumed_run_in_another_layout_goes_on_exactly():
     assert seen == expected
 
 
+@pytest.fixture(scope="module")
+def blend(tmp_path_factory):
+    """A blend of three small datasets, as the config describes it."""
+    folder, prefixes = tmp_path_factory.mktemp("blend"), []
+    for number, lengths in enumerate(([9, 30, 4, 61], [50, 2, 2, 40, 7], [11] * 8)):
+        prefix = str(folder / f"source{number}")
+        with IndexedWriter(prefix, 60_000) as writer:
+            tokens = 1000 * number + np.arange(sum(lengths), dtype=writer.dtype)
+            writer.add(tokens, np.array(lengths))
+            writer.finish({})
+        prefixes.append(prefix)
+    train = [w for pair in zip((0.2, 0.5, 0.3), prefixes, strict=True) for w in pair]
+    data = DataConfig(train=train, split="1,0,0", long_document_weight=1.5)
+    return build_datasets(data, sequence_length=T, seed=7, vocab_size=60_000).train
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_stopped_and_resumed_in_any_layouts_the_samples_stay_the_same(blend, data):
+    """Any number of stops; data-parallel size, micro-batch, batch size and prefetch change at each of them."""
+    consumed, steps = 0, 0
+    for _ in range(data.draw(st.integers(1, 4), "parts")):
+        ranks, micro = data.draw(st.integers(1, 4), "ranks"), data.draw(st.integers(1, 3), "micro")
+        batch_size = ranks * micro * data.draw(st.integers(1, 3), "accumulation")
+        prefetch, mask = data.draw(st.integers(0, 3), "prefetch"), data.draw(st.booleans(), "mask")
+        steps = data.draw(st.integers(1, 3), "steps")
+        layout = dict(batch_size=batch_size, micro_batch_size=micro, data_size=ranks, document_mask=mask)
+        loaders = [
+            make(blend, data_rank=r, prefetch=prefetch, consumed_samples=consumed, **layout) for r in range(ranks)
+        ]
+        for _ in range(steps):
+            by_rank = [loader.next_step() for loader in loaders]
+            rows = [row for micros in zip(*by_rank, strict=True) for m in micros for row in zip(*m[:2], strict=True)]
+            for number, (tokens, targets) in enumerate(rows, start=consumed):
+                expected = blend[number]["tokens"]
+                assert tokens.tolist() == expected[:-1].tolist()
+                assert all(t in (e, -100) for t, e in zip(targets.tolist(), expected[1:].tolist(), strict=True))
+            consumed += batch_size
+            assert len(rows) == batch_size
+        for loader in loaders:
+            assert loader.consumed_samples == consumed  # all that a checkpoint has to know
+            loader.close()
+
+
 def test_targets_are_the_next_tokens():
     (micro,) = make(Counting(borders=[3]), batch_size=2, micro_batch_size=2).next_step()
     assert micro.tokens.tolist() == [list(range(6)), list(range(100, 106))]
@@ -92,6 +146,12 @@ def test_documents_are_told_apart(borders, starts, ignored):
     assert micro.document_starts.tolist() == [starts]
     assert micro.document_starts.dtype == torch.int64
     assert micro.targets[0].tolist() == [-100 if t in ignored else t + 1 for t in range(T)]
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_padding_takes_no_loss(document_mask):
+    (micro,) = make(Counting(borders=[2], num_targets=4), batch_size=1, document_mask=document_mask).next_step()
+    assert micro.targets[0].tolist() == [1, -100 if document_mask else 2, 3, 4, -100, -100]
 
 
 @pytest.mark.parametrize(("batch_size", "micro", "ranks"), [(12, 5, 1), (12, 2, 4), (0, 1, 1)])
@@ -143,7 +203,7 @@ def test_validation_gives_the_same_batches_every_time():
 
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 2), (1, 4)])
 def test_a_short_validation_set_is_read_once_and_no_sample_counts_twice(micro, ranks):
-    dataset = Counting(samples_per_epoch=10)
+    dataset = Counting(num_samples=10)
     counted = []
     for r in range(ranks):
         batches = validation(dataset, micro_batch_size=micro, data_rank=r, data_size=ranks)

@@ -1,93 +1,58 @@
-"""Samples: complete, in an order that depends on seed and data only, from indices that are never stale."""
+"""The samples of a phase, from its config: complete, weighted, split, in an order that follows from seed and data."""
 
-import os
-from pathlib import Path
-from types import SimpleNamespace
+import base64
+import dataclasses
+import json
+import logging
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from megatron.core.datasets.gpt_dataset import GPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.utils import Split
 
-from megayoco.data.datasets import _config, build_datasets, resolve_tokenizer
-from megayoco.data.tokenizer import ByteTokenizer
+from megayoco.config import DataConfig, ModelConfig, PhaseConfig, PhaseDataConfig, RunConfig
+from megayoco.data.datasets import build_datasets, resolve_tokenizer, with_blend_files
+from megayoco.data.tokenizer import ByteTokenizer, build_tokenizer, describe_tokenizer
 from megayoco.errors import UserError
 
 LENGTHS = [7, 1, 30, 2, 64, 5, 5, 18, 3, 40]  # 175 tokens
 N = 8
 
 
-def settings(train, **kwargs):
-    defaults = {
-        "valid": None,
-        "split": "1,0,0",
-        "tokenizer_type": None,
-        "tokenizer_model": None,
-        "cache_dir": None,
-    }
-    return SimpleNamespace(train=train, **(defaults | kwargs))
-
-
-def build(train, *, num_samples=100, seed=5, sequence_length=N, vocab_size=60_000, **kwargs):
-    return build_datasets(
-        settings(train, **kwargs),
-        sequence_length=sequence_length,
-        num_samples=num_samples,
-        seed=seed,
-        vocab_size=vocab_size,
-    )
+def build(train, *, seed=5, sequence_length=N, vocab_size=60_000, **kwargs):
+    data = DataConfig(train=train, **{"split": "1,0,0", **kwargs})
+    return build_datasets(data, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size)
 
 
 def tokens(source, numbers):
     return [source[n]["tokens"].tolist() for n in numbers]
 
 
-def test_an_epoch_is_that_of_megatron(numbered, tmp_path):
-    prefix = numbered("a", LENGTHS)
-    train = build(prefix).train
-    theirs = GPTDataset(
-        IndexedDataset(prefix),
-        prefix,
-        np.arange(len(LENGTHS), dtype=np.int32),
-        None,
-        Split.train,
-        _config(prefix, N, 5, str(tmp_path / "other")),
-    )
-    assert train.samples_per_epoch == len(theirs) == (sum(LENGTHS) - 1) // N
-    for n in range(len(theirs)):
-        expected = theirs[n]
-        assert train[n]["tokens"][:-1].tolist() == expected["tokens"].tolist()
-        assert train[n]["tokens"][1:].tolist() == expected["labels"].tolist()
+def shares(datasets):
+    return [round(source.share, 6) for source in datasets.shares]
 
 
 def test_borders_are_where_documents_begin(numbered):
     train = build(numbered("a", LENGTHS)).train
     firsts = set(np.cumsum([0, *LENGTHS]).tolist())
     found = 0
-    for n in range(train.samples_per_epoch):
+    for n in range(44):
         sample = train[n]
         expected = [i for i in range(1, N + 1) if sample["tokens"][i] in firsts]
         assert sample["borders"].tolist() == expected
         found += len(expected)
-    assert found > 5
+        documents = np.split(sample["tokens"], sample["borders"])
+        assert all(b == a + 1 for document in documents for a, b in pairwise(document.tolist()))
+    assert found > 10
 
 
-def test_every_epoch_has_the_same_samples_in_another_order(numbered):
-    train = build(numbered("a", LENGTHS)).train
-    E = train.samples_per_epoch
-    epochs = [tokens(train, range(e * E, (e + 1) * E)) for e in range(3)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-
-
-def test_the_order_does_not_depend_on_the_number_of_samples_or_on_what_was_read_before(numbered):
+def test_the_order_does_not_depend_on_what_was_read_before(numbered):
     a, b, c = (numbered(name, LENGTHS[i:], first=1000 * i) for i, name in enumerate("abc"))
     for train in (a, [a, b], [0.3, a, 0.5, b, 0.2, c]):
-        short = tokens(build(train, num_samples=40).train, range(40))
-        extended = build(train, num_samples=500).train
-        assert tokens(extended, range(499, -1, -1))[::-1][:40] == short
-        assert tokens(extended, range(40, 60)) == tokens(build(train, num_samples=60).train, range(40, 60))
+        forward, backward, single = build(train).train, build(train).train, build(train).train
+        numbers = list(range(200))
+        expected = tokens(forward, numbers)
+        assert tokens(backward, numbers[::-1])[::-1] == expected
+        assert tokens(single, [137]) == [expected[137]]
 
 
 def test_the_order_depends_on_the_seed(numbered):
@@ -96,115 +61,147 @@ def test_the_order_depends_on_the_seed(numbered):
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_a_blend_is_built_without_warnings(numbered, caplog):
-    build([numbered("a", LENGTHS), numbered("b", LENGTHS)])
-    assert not caplog.records
+def test_the_order_survives_a_move_of_the_data(numbered, tmp_path):
+    before = tokens(build(numbered("a", LENGTHS)).train, range(30))
+    (tmp_path / "elsewhere").mkdir()
+    for kind in ("bin", "idx"):
+        (tmp_path / f"a.{kind}").rename(tmp_path / "elsewhere" / f"b.{kind}")
+    assert tokens(build(str(tmp_path / "elsewhere" / "b")).train, range(30)) == before
 
 
-def test_a_blend_keeps_its_weights(numbered):
+def test_a_blend_keeps_its_weights_and_reads_each_source_in_its_own_order(numbered):
     a, b = numbered("a", LENGTHS), numbered("b", LENGTHS, first=10_000)
-    weighted = build([3, a, 1, b], num_samples=400).train
-    from_b = [weighted[n]["tokens"][0] >= 10_000 for n in range(400)]
-    for k in (4, 40, 100, 400):  # any prefix, not only the whole
+    built = build([3, a, 1, b])
+    assert shares(built) == [0.75, 0.25]
+    rows = tokens(built.train, range(400))
+    from_b = [row[0] >= 10_000 for row in rows]
+    for k in range(1, 401):  # any prefix, not only the whole
         assert abs(sum(from_b[:k]) - k / 4) <= 1
+    assert [row for row, b_ in zip(rows, from_b, strict=True) if not b_] == tokens(build(a).train, range(300))
 
 
 def test_an_unweighted_list_reads_every_source_by_its_size(numbered):
     a, b = numbered("a", LENGTHS), numbered("b", LENGTHS * 3, first=10_000)
-    train = build([a, b]).train
-    E = train.samples_per_epoch
-    assert E == 21 + (3 * 175 - 1) // N
-    once = tokens(build([a, b], num_samples=E).train, range(E))
-    assert sum(row[0] < 10_000 for row in once) == 21
-    assert len({row[0] for row in once}) == E
+    for train in ([a, b], [{"prefix": a}, {"prefix": b}]):
+        assert shares(build(train)) == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1.0, 0.1), (2.0, 1 / (1 + 9**0.5)), (1e9, 0.5)])
+def test_temperature_evens_out_the_sizes(numbered, temperature, expected):
+    a, b = numbered("a", [20] * 5), numbered("b", [30] * 30, first=1000)
+    assert shares(build([a, b], temperature=temperature)) == [round(expected, 6), round(1 - expected, 6)]
+
+
+def test_long_documents_are_read_more_often_where_asked(numbered):
+    prefix = numbered("a", LENGTHS)  # 30, 64, 18 and 40 tokens are longer than N
+    weighted = build(prefix, long_document_weight=3.0)
+    assert weighted.shares[0].tokens_per_epoch == 175 + 2 * (30 + 64 + 18 + 40)
+    epoch = [t for row in tokens(weighted.train, range(-(-479 // N))) for t in row[1:]]
+    counts = np.bincount(epoch[:479], minlength=175)
+    bounds = np.cumsum([0, *LENGTHS])
+    for (begin, end), length in zip(pairwise(bounds.tolist()), LENGTHS, strict=True):
+        assert counts[begin:end].mean() == pytest.approx(3 if length > N else 1, abs=0.5)
+    # which documents are long follows from the phase's own sequence length
+    assert build(prefix, long_document_weight=3.0, sequence_length=50).shares[0].tokens_per_epoch == 175 + 2 * 64
+    assert build(prefix, long_document_weight=0.0, split="50,50,0").shares[0].tokens_per_epoch == 7 + 1 + 2
+    # validation measures the data as it is
+    assert build(prefix, long_document_weight=3.0, valid=prefix).valid.num_samples == -(-174 // N)
 
 
 def test_a_split_cuts_the_sequences_and_valid_is_separate(numbered):
     a, b = numbered("a", LENGTHS), numbered("b", LENGTHS, first=10_000)
     both = build(a, split="80,20,0")
     border = sum(LENGTHS[:8])
-    assert {t for row in tokens(both.train, range(both.train.samples_per_epoch)) for t in row} <= set(range(border))
-    assert min(min(row) for row in tokens(both.valid, range(both.valid.samples_per_epoch))) >= border
+    assert {t for row in tokens(both.train, range(40)) for t in row} == set(range(border))
+    valid = tokens(both.valid, range(both.valid.num_samples))
+    assert {t for row in valid for t in row} - {0} == set(range(border, 175))  # 0 pads the last one
     assert build(a, split="100,0,0").valid is None
     separate = build(a, valid=b, split="80,20,0")
     assert separate.valid[0]["tokens"].min() >= 10_000
-    assert separate.train.samples_per_epoch == 21
-    assert build([1, a, 1, b], split="80,20,0").valid.samples_per_epoch == 2 * both.valid.samples_per_epoch
+    assert separate.shares[0].tokens_per_epoch == 175
 
 
-def test_a_regenerated_pair_never_uses_the_old_index(numbered):
+def test_validation_on_several_datasets_is_one_pass_unless_weighted(numbered):
+    a, b = numbered("a", LENGTHS), numbered("b", LENGTHS * 3, first=10_000)
+    once = build(a, valid=[a, b]).valid
+    rows = tokens(once, range(once.num_samples))
+    assert once.num_samples == -(-174 // N) + -(-524 // N)
+    assert len({tuple(row) for row in rows}) == once.num_samples
+    targets = sorted(t for n in range(once.num_samples) for t in once[n]["tokens"][1 : once[n]["num_targets"] + 1])
+    assert targets == [*range(1, 175), *range(10_001, 10_525)]
+    weighted = build(a, valid=[1, a, 1, b]).valid
+    rows = tokens(weighted, range(weighted.num_samples))
+    assert abs(sum(row[0] < 10_000 for row in rows) - len(rows) / 2) <= 1
+
+
+def test_one_validation_sample_may_be_shorter_than_the_sequence(numbered):
     prefix = numbered("a", LENGTHS)
-    stat = os.stat(f"{prefix}.idx")
-    build(prefix)
-    numbered("a", LENGTHS[::-1])  # the same size, other documents
-    assert os.stat(f"{prefix}.idx").st_size == stat.st_size
-    train = build(prefix).train
-    firsts = set(np.cumsum([0, *LENGTHS[::-1]]).tolist())
-    for n in range(train.samples_per_epoch):
-        sample = train[n]
-        assert sample["borders"].tolist() == [i for i in range(1, N + 1) if sample["tokens"][i] in firsts]
+    valid = build(prefix, valid=numbered("v", [3, 2], first=500)).valid
+    assert valid.num_samples == 1
+    assert valid[0]["tokens"].tolist() == [500, 501, 502, 503, 504, 0, 0, 0, 0]
+    assert (valid[0]["num_targets"], valid[0]["borders"].tolist()) == (4, [3])
 
 
-def test_the_cache_is_used_again_and_goes_where_it_is_told(numbered, tmp_path, monkeypatch):
-    prefix, cache = numbered("a", LENGTHS), tmp_path / "cache"
-    first = tokens(build(prefix, cache_dir=str(cache)).train, range(30))
-    folders = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
-    assert folders and not Path(f"{prefix}/cache").exists() and not (tmp_path / ".megayoco-cache").exists()
-    monkeypatch.chdir(tmp_path)
-    assert tokens(build("./a", cache_dir="cache").train, range(30)) == first
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == folders
-    build(prefix, cache_dir=str(cache), sequence_length=9)
-    assert len(list(cache.iterdir())) == 2
-
-
-def test_a_half_built_index_of_a_killed_run_is_ignored(numbered, tmp_path):
-    prefix, cache = numbered("a", LENGTHS), tmp_path / "cache"
-    first = tokens(build(prefix, cache_dir=str(cache)).train, range(21))
-    (folder,) = cache.iterdir()
-    left = folder.rename(f"{folder}.tmp-1")
-    for path in left.glob("*.npy"):
-        path.write_bytes(path.read_bytes()[:40])
-    assert tokens(build(prefix, cache_dir=str(cache)).train, range(21)) == first
-
-
-def test_a_damaged_index_is_refused_with_its_folder(numbered, tmp_path):
-    prefix, cache = numbered("a", LENGTHS), tmp_path / "cache"
-    build(prefix, cache_dir=str(cache))
-    (folder,) = cache.iterdir()
-    for path in folder.glob("*.npy"):
-        path.write_bytes(b"xx")
-    with pytest.raises(UserError, match=f"{folder} are damaged. Remove that folder"):
-        build(prefix, cache_dir=str(cache))
+def test_a_blend_is_built_without_warnings(numbered, caplog):
+    with caplog.at_level(logging.INFO):
+        build([numbered("a", LENGTHS), numbered("b", LENGTHS)])
+    assert not caplog.records
 
 
 def test_an_id_outside_the_vocabulary_that_no_check_before_saw_is_refused(numbered, monkeypatch):
     monkeypatch.setattr("megayoco.data.indexed._sampled_range", lambda *_: (0, 9))
     train = build(numbered("a", LENGTHS), vocab_size=174).train
     with pytest.raises(UserError, match=r"a\.bin holds token id 174, outside the model's vocabulary 0\.\.173"):
-        tokens(train, range(train.samples_per_epoch))
-
-
-def test_a_blend_that_memory_cannot_hold_is_refused(numbered):
-    prefixes = [numbered("a", LENGTHS), numbered("b", LENGTHS)]
-    with pytest.raises(UserError, match="samples of 2 datasets does not fit in memory"):
-        build(prefixes, num_samples=10**15)
+        tokens(train, range(22))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sequence_length": 175}, r"holds 175 tokens, fewer than one sample of 175 \+ 1"),
-        ({"split": "99,1,0"}, r"part 0\.99 to 1 of its 10 sequences holds 0 tokens.*data\.split"),
-        ({"split": "a,b"}, "data.split must be three parts"),
-        ({"valid": "missing"}, "missing.bin does not exist|missing.idx does not exist"),
+        ({"sequence_length": 175}, r"holds 175 tokens, fewer than the 176 of one sample"),
+        ({"split": "99,1,0"}, r"part 0\.99 to 1 of its sequences holds 0 tokens.*data\.split"),
+        ({"valid": "missing"}, "missing.idx does not exist"),
+        ({"valid": "missing.yaml"}, r"data\.valid: missing\.yaml is taken for a blend file by its ending, but cannot"),
         ({"vocab_size": 100}, "token id 174, outside"),
         ({"cache_dir": "/proc/nowhere"}, "cannot write sample indices.*data.cache_dir"),
+        ({"long_document_weight": 0.0, "sequence_length": 3}, "holds 3 tokens, fewer than the 4"),
     ],
 )
 def test_unusable_data_is_refused_before_the_first_step(numbered, arguments, message):
-    prefix = numbered("a", LENGTHS)
+    prefix = numbered("a", [2, 1, 172] if "long_document_weight" in arguments else LENGTHS)
     with pytest.raises(UserError, match=message):
         build(prefix, **arguments)
+
+
+def test_weights_that_read_nothing_or_contradict_are_refused(numbered):
+    a, b = numbered("a", LENGTHS), numbered("b", [2, 8], first=1000)
+    with pytest.raises(UserError, match=r"data\.temperature 2 makes weights.*but data\.train gives weights"):
+        build([1, a, 2, b], temperature=2.0)
+    with pytest.raises(UserError, match="b has next to no weight"):
+        build([a, b], temperature=0.01)
+    with pytest.raises(UserError, match="a has next to no weight"):
+        build([1e-20, a, 1e20, b])
+
+
+def run_config(tmp_path, **data):
+    phase = PhaseConfig(sequence_length=8, steps=4, batch_size=4, learning_rate=1.0)
+    return RunConfig(
+        model=ModelConfig(pattern="llama", dim=16, layers=2, hidden_dim=32, heads=2, vocab_size=64),
+        data=DataConfig(**data),
+        phases=[phase, dataclasses.replace(phase, data=PhaseDataConfig(train=str(tmp_path / "second.yaml")))],
+        output_dir="out",
+    )
+
+
+def test_a_run_is_saved_with_the_content_of_its_blend_files(tmp_path):
+    (tmp_path / "first.json").write_text('{"train": "0.3 a 0.7 b", "valid": ["v"], "test": null}')
+    (tmp_path / "second.yaml").write_text("- {prefix: c, weight: 2}\n- {prefix: d, weight: 1e-1}\n")
+    run = with_blend_files(run_config(tmp_path, train=str(tmp_path / "first.json")))
+    assert [(source.prefix, source.weight) for source in run.data.train] == [("a", 0.3), ("b", 0.7)]
+    assert [(source.prefix, source.weight) for source in run.data.valid] == [("v", None)]
+    assert [(source.prefix, source.weight) for source in run.phase_data(1).train] == [("c", 2.0), ("d", 0.1)]
+    assert run.phase_data(1).valid == run.data.valid
+    assert with_blend_files(run) == run
 
 
 def test_the_tokenizer_comes_from_the_meta_file(write_pair):
@@ -212,17 +209,35 @@ def test_the_tokenizer_comes_from_the_meta_file(write_pair):
     a = write_pair("a", [[1, 2]], meta={"tokenizer": identity})
     b = write_pair("b", [[1, 2]])
     c = write_pair("c", [[1, 2]], meta={"tokenizer": identity | {"sha256": "0"}})
-    assert resolve_tokenizer(settings(a)).identity() == ByteTokenizer().identity()
-    assert resolve_tokenizer(settings([a, b])).type == "ByteTokenizer"
-    assert resolve_tokenizer(settings(b, tokenizer_type="ByteTokenizer")).type == "ByteTokenizer"
+    assert resolve_tokenizer(DataConfig(train=a)).identity() == ByteTokenizer().identity()
+    assert resolve_tokenizer(DataConfig(train=[a, b])).type == "ByteTokenizer"
+    assert resolve_tokenizer(DataConfig(train=b, tokenizer_type="ByteTokenizer")).type == "ByteTokenizer"
     with pytest.raises(UserError, match=r"b has no \.meta\.json"):
-        resolve_tokenizer(settings(b))
+        resolve_tokenizer(DataConfig(train=b))
     with pytest.raises(UserError, match="c was made with another tokenizer"):
-        resolve_tokenizer(settings(a, valid=c))
+        resolve_tokenizer(DataConfig(train=a, valid=c))
+    with pytest.raises(UserError, match="c was made with another tokenizer"):
+        resolve_tokenizer(DataConfig(train=a), DataConfig(train=c))
+
+
+def test_options_of_the_tokenizer_come_from_the_meta_file_or_the_config(write_pair, tmp_path):
+    ranks = tmp_path / "bytes.tiktoken"
+    ranks.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    tokenizer = build_tokenizer("TiktokenTokenizer", str(ranks), {"special_tokens": ["<|a|>", "<|b|>"]})
+    described = json.loads(json.dumps(describe_tokenizer(tokenizer, tmp_path)))
+    a = write_pair("a", [[1, 2]], meta={"tokenizer": described})
+    assert resolve_tokenizer(DataConfig(train=a)).identity() == tokenizer.identity()
+    options = {"special_tokens": ["<|a|>", "<|b|>"]}
+    named = DataConfig(
+        train=a, tokenizer_type="TiktokenTokenizer", tokenizer_model=str(ranks), tokenizer_options=options
+    )
+    assert resolve_tokenizer(named).identity() == tokenizer.identity()
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        resolve_tokenizer(dataclasses.replace(named, tokenizer_options=None))
 
 
 def test_a_tokenizer_that_has_moved_is_explained(write_pair):
     saved = {"type": "TiktokenTokenizer", "model": "gone.tiktoken", "sha256": "0", "vocab_size": 9}
     a = write_pair("a", [[1, 2]], meta={"tokenizer": saved})
     with pytest.raises(UserError, match=r"a\.meta\.json: .*gone\.tiktoken.*has moved"):
-        resolve_tokenizer(settings(a))
+        resolve_tokenizer(DataConfig(train=a))

@@ -1,21 +1,27 @@
-"""Datasets on several ranks: built once, the same everywhere, and an error of rank 0 reaches all."""
+"""Datasets on several ranks: built once, the same everywhere, and an error of any rank reaches all."""
 
-from types import SimpleNamespace
+import os
 
+from megayoco.config import DataConfig
 from megayoco.data.batches import Batches
-from megayoco.data.datasets import build_datasets, rank_zero_first
+from megayoco.data.datasets import build_datasets
 from megayoco.errors import UserError
+from megayoco.train.agreement import all_ranks_agree
+
+
+def build(train, cache_dir):
+    with all_ranks_agree():
+        return build_datasets(
+            DataConfig(train=train, split="1,0,0", cache_dir=cache_dir), sequence_length=8, seed=1, vocab_size=60_000
+        )
 
 
 def read_samples(train, cache_dir, data_size):
-    """First tokens of the samples this rank reads in three steps, or the error's text."""
+    """What this rank reads in three steps, or the error's text."""
     import torch.distributed as dist
 
-    data = SimpleNamespace(
-        train=train, valid=None, split="1,0,0", tokenizer_type=None, tokenizer_model=None, cache_dir=cache_dir
-    )
     try:
-        built = build_datasets(data, sequence_length=8, num_samples=24, seed=1, vocab_size=60_000)
+        built = build(train, cache_dir)
     except UserError as error:
         return str(error)
     rank = dist.get_rank() % data_size if dist.is_initialized() else 0
@@ -36,12 +42,24 @@ def test_ranks_read_what_one_process_reads(numbered, workers, tmp_path):
     assert len(list((tmp_path / "four").iterdir())) == 2  # one folder per source, no temporary ones
 
 
-def test_an_error_of_rank_0_is_raised_on_all(numbered, workers):
+def read_with_own_disk(train, folder, unusable_rank):
+    """As on nodes that share no file system: each rank has a cache of its own; one rank may have none."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    own = "/proc/nowhere" if rank == unusable_rank else os.path.join(folder, str(rank))
+    return read_samples(train, own, 2)
+
+
+def test_nodes_without_a_shared_file_system_build_their_own(numbered, workers, tmp_path):
     a = numbered("a", [30, 5, 64, 70])
-    errors = workers.run(read_samples, a, "/proc/nowhere", 2, world=4)
+    ranks = workers.run(read_with_own_disk, a, str(tmp_path / "nodes"), None, world=4)
+    assert ranks[0] == ranks[2] != ranks[1] == ranks[3]
+    assert len(list((tmp_path / "nodes").iterdir())) == 4
+
+
+def test_an_error_of_any_rank_is_raised_on_all(numbered, workers, tmp_path):
+    a = numbered("a", [30, 5, 64, 70])
+    errors = workers.run(read_with_own_disk, a, str(tmp_path / "nodes"), 2, world=4)
     assert len(set(errors)) == 1
-    assert "cannot write sample indices" in errors[0]
-
-
-def test_without_ranks_it_just_builds():
-    assert rank_zero_first(lambda: 5) == 5
+    assert "cannot write sample indices to /proc/nowhere" in errors[0]
