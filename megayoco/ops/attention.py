@@ -16,18 +16,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megayoco.ops.attention_parts import (
-    MASKED_KEYS,
-    MASKED_ROWS,
     Part,
     Rows,
     backward_by_parts,
-    cut_parts,
     dense_heads,
     forward_by_parts,
     plan_parts,
     window_parts,
 )
-from megayoco.ops.backends import attention_backend, flash_attn_attention
+from megayoco.ops.attention_tiles import BOTTOM_RIGHT, Tile, tile_backward
+from megayoco.ops.backends import attention_backend
 
 
 def causal_attention(
@@ -58,7 +56,7 @@ def causal_attention(
     if skipped > 0:
         k, v, S = k[:, skipped:], v[:, skipped:], S - skipped
         first_key = None if first_key is None else (first_key - skipped).clamp(min=0)
-    backend = attention_backend(q, window, square=T == S and window is None, documents=first_key is not None)
+    backend = attention_backend(q, window)
     return attention_with_backend(q, k, v, scale=scale, window=window, first_key=first_key, backend=backend)
 
 
@@ -73,17 +71,10 @@ def attention_with_backend(
     backend: str,
 ) -> Tensor:
     """causal_attention by a backend of ops/backends.py, without checks; a window must not reach past the first key."""
-    T, S = q.shape[1], k.shape[1]
-    square = T == S and window is None
-    if first_key is None and backend == "flash_attn":
-        return flash_attn_attention(q, k, v, scale, window)
-    # one query sees all S keys, since a window is cut off before; a square has the causal flag of its own, except
-    # where SDPA would answer GQA with a dense mask
-    if first_key is None and (T == 1 or (square and backend != "math")):
+    if q.shape[1] == 1 and first_key is None:  # it sees all S keys, since a window is cut off before
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale, enable_gqa=True)
-        return y.transpose(1, 2)
-    parts = _plan(T, S, window, first_key, backend)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
+    parts = _plan(q.shape[1], k.shape[1], window, first_key, backend)
     return _PartwiseAttention.apply(q, k, v, first_key, scale, window, parts, backend)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -108,13 +99,10 @@ def causal_attention_naive(
 
 def _plan(T: int, S: int, window: int | None, first_key: Tensor | None, backend: str) -> list[Part]:
     """The parts that together hold every visible (query, key) once."""
-    if backend == "torch_flash" and first_key is None:
-        return [Part(slice(0, T), slice(0, S), "causal")]  # this kernel knows windows and bottom-right masks
+    if backend in BOTTOM_RIGHT and first_key is None:
+        return [Part(slice(0, T), slice(0, S), "causal")]
     rows = Rows(S, first_key=first_key)
-    if window is not None:
-        return window_parts(T, rows, window)
-    parts = plan_parts(T, rows)
-    return cut_parts(parts, MASKED_ROWS, MASKED_KEYS) if backend == "math" else parts
+    return plan_parts(T, rows) if window is None else window_parts(T, rows, window)
 
 
 class _PartwiseAttention(torch.autograd.Function):
@@ -143,10 +131,15 @@ class _PartwiseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, first_key, out, lse = ctx.saved_tensors
+        dout, S = dense_heads(dout), k.shape[1]
+        if ctx.options["parts"] == [Part(slice(0, q.shape[1]), slice(0, S), "causal")]:  # nothing to add up
+            tile = Tile(ctx.options["scale"], causal=True, window=ctx.options["window"])
+            dq, dk, dv = tile_backward(dout, q, k, v, out, lse, tile, ctx.options["backend"])
+            return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
         wide = torch.promote_types(k.dtype, torch.float32)
         dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-        rows = Rows(k.shape[1], first_key=first_key)
-        dq = backward_by_parts(dense_heads(dout), q, k, v, out, lse, dk, dv, rows, **ctx.options)
+        rows = Rows(S, first_key=first_key)
+        dq = backward_by_parts(dout, q, k, v, out, lse, dk, dv, rows, **ctx.options)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 

@@ -18,12 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megayoco.ops.attention_tiles import tile_backward, tile_forward
+from megayoco.ops.attention_tiles import Tile, tile_backward, tile_forward
 
 MASKED_ROWS = 128
 """Rows of a part that needs a mask: smaller parts cost calls, larger ones compute more masked scores."""
 MASKED_KEYS = 2048
 """Keys that a part with a mask may span (unless a window asks for more): its mask must not grow with the sequence."""
+CUDNN_KEYS = 1 << 16
+"""Keys of a part in cuDNN's forward, which plans every new shape: slices of one length, long beside a merge's cost."""
 
 
 class Part(NamedTuple):
@@ -149,13 +151,15 @@ def window_parts(queries: int, rows: Rows, window: int) -> list[Part]:
 
 
 def cut_parts(parts: list[Part], most_rows: int | None, most_keys: int | None) -> list[Part]:
-    """The same scores in parts of at most so many rows and keys; causal parts must be square, masked ones stay."""
+    """The same scores in parts of at most so many rows and keys, but for masked parts and causal ones that are not
+    square."""
     cut: list[Part] = []
     for part in parts:
         rows, keys = part.rows, part.keys
         R, S = rows.stop - rows.start, keys.stop - keys.start
         step_rows, step_keys = min(most_rows or R, R), min(most_keys or S, S)
-        if part.kind == "masked" or (step_rows == R and step_keys == S):
+        fits = step_rows == R and step_keys == S
+        if fits or part.kind == "masked" or (part.kind == "causal" and R != S):
             cut.append(part)
         elif part.kind == "all":
             for row in range(rows.start, rows.stop, step_rows):
@@ -180,15 +184,19 @@ def forward_by_parts(
     """(out (B, R, H, K) in q's dtype, lse (B, H, R) in fp32 or wider), merged in fp32 or wider."""
     B, R, H, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
+    parts = cut_parts(parts, *_limits(backend, CUDNN_KEYS if "cudnn" in backend else None))
+    if len(parts) == 1:  # then it holds every row
+        tile = _tile(parts[0], R, rows, scale, window, q)
+        keys = parts[0].keys
+        out, lse = tile_forward(q, k[:, keys], v[:, keys], tile, backend)
+        return out, lse.to(wide)
     out_dtype = wide if any(part.merge for part in parts) else q.dtype
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse_BHR = torch.empty((B, H, R), dtype=wide, device=q.device)
     for part in parts:
         at, at_keys = (part.batch, part.rows), (part.batch, part.keys)
-        mask = _part_mask(part, R, rows, window, q)
-        out_part, lse = tile_forward(
-            q[at], k[at_keys], v[at_keys], scale, part.kind == "causal", window, mask, backend
-        )  # fmt: skip
+        tile = _tile(part, R, rows, scale, window, q)
+        out_part, lse = tile_forward(q[at], k[at_keys], v[at_keys], tile, backend)
         lse = lse.to(wide)
         if part.merge:
             before = lse_BHR[part.batch, :, part.rows]
@@ -218,21 +226,24 @@ def backward_by_parts(
     window: int | None,
     parts: list[Part],
     backend: str,
+    keys_per_slice: int | None = None,
 ) -> Tensor:
     """Returns dq (B, R, H, K) in q's dtype; *adds* to dk and dv (B, S, G, K), fp32 or wider.
 
-    out and lse are those of forward_by_parts over all keys. The parts may be cut further than there.
+    out and lse are those of forward_by_parts. Unmasked parts are cut to keys_per_slice: so long are the gradients of
+    keys and values that exist at a time.
     """
     R = q.shape[1]
+    parts = cut_parts(parts, *_limits(backend, keys_per_slice))
     # parts overlap, and bf16 sums of many parts would lose digits
     dq = torch.zeros(q.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for part in parts:
         at, at_keys = (part.batch, part.rows), (part.batch, part.keys)
-        mask = _part_mask(part, R, rows, window, q)
+        tile = _tile(part, R, rows, scale, window, q)
+        lse_part = lse[part.batch, :, part.rows]
         dq_part, dk_part, dv_part = tile_backward(
-            dout[at], q[at], k[at_keys], v[at_keys], out[at], lse[part.batch, :, part.rows], scale,
-            part.kind == "causal", window, mask, backend,
-        )  # fmt: skip
+            dout[at], q[at], k[at_keys], v[at_keys], out[at], lse_part, tile, backend
+        )
         dq[at] += dq_part
         dk[at_keys] += dk_part
         dv[at_keys] += dv_part
@@ -245,10 +256,17 @@ def dense_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _part_mask(part: Part, queries: int, rows: Rows, window: int | None, like: Tensor) -> Tensor | None:
-    """What a masked part adds to its scores, 0 or -inf: (1 or B, 1, rows, keys) in the dtype of `like`."""
+def _limits(backend: str, keys: int | None) -> tuple[int | None, int | None]:
+    """Rows and keys of a part, None for any number."""
+    if backend == "math":  # it writes its scores down
+        return MASKED_ROWS, min(keys or MASKED_KEYS, MASKED_KEYS)
+    return None, keys
+
+
+def _tile(part: Part, queries: int, rows: Rows, scale: float, window: int | None, like: Tensor) -> Tile:
     if part.kind != "masked":
-        return None
+        causal = part.kind == "causal"
+        return Tile(scale, causal, window if causal else None)
     if rows.index is None:
         offset = rows.keys - queries
         index = torch.arange(offset + part.rows.start, offset + part.rows.stop, device=like.device)[None, None, :, None]
@@ -260,4 +278,5 @@ def _part_mask(part: Part, queries: int, rows: Rows, window: int | None, like: T
         hidden |= key <= index - window
     if rows.first_key is not None:
         hidden = hidden | (key < rows.first_key[part.batch, None, part.rows, None])
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+    return Tile(scale, mask=mask)

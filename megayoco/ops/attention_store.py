@@ -23,12 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megayoco.ops.attention_parts import (
-    MASKED_KEYS,
-    MASKED_ROWS,
     Part,
     Rows,
     backward_by_parts,
-    cut_parts,
     dense_heads,
     forward_by_parts,
     plan_parts,
@@ -156,7 +153,7 @@ def attention_over_store(
     _check(q, store, query_index, first_key, keys_per_slice)
     rows = Rows(store.tokens, query_index, first_key)
     parts = plan_queries(q.shape[1], store.tokens, query_index, first_key) if plan is None else plan
-    backend = attention_backend(q, None, documents=True)
+    backend = attention_backend(q, None)
     if not torch.is_grad_enabled():
         return _forward(q, store, rows, scale, parts, backend)[1]
     keys_per_slice = keys_per_slice or KEYS_PER_SLICE
@@ -199,8 +196,6 @@ def _forward(
     q: Tensor, store: KeyValueStore, rows: Rows, scale: float, parts: list[Part], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q as kernels read it, the output, and the log-sum-exp (B, H, R)."""
-    if backend == "math":  # it writes its scores down
-        parts = cut_parts(parts, MASKED_ROWS, MASKED_KEYS)
     q = dense_heads(q)
     return q, *forward_by_parts(
         q, store.key, store.value, rows, scale=scale, window=None, parts=parts, backend=backend
@@ -233,8 +228,7 @@ class _StoreAttention(torch.autograd.Function):
         store, rows, scale, parts, keys_per_slice, backend = ctx.options
         dq = backward_by_parts(
             dense_heads(dout), q, store.key, store.value, out, lse, store.dkey, store.dvalue, rows, scale=scale,
-            window=None, parts=cut_parts(parts, MASKED_ROWS if backend == "math" else None, keys_per_slice),
-            backend=backend,
+            window=None, parts=parts, backend=backend, keys_per_slice=keys_per_slice,
         )  # fmt: skip
         return dq, None, None, None, None, None, None
 
