@@ -10,7 +10,6 @@ plain or gzip, with the text under --json-keys; a .txt file is one document.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from megayoco.data.command import dashed, positive_int, run_command
-from megayoco.data.prepare import find_inputs, read_chunks
+from megayoco.data.encode import read_documents
+from megayoco.data.inputs import Inputs, find_inputs
 from megayoco.data.tokenizer import CL100K_PATTERN, END_OF_DOCUMENT, TiktokenTokenizer, write_rank_file
 from megayoco.errors import UserError
 
@@ -73,35 +73,11 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{args.output}: {len(ranks)} ranks; {END_OF_DOCUMENT} is {len(ranks)}; model.vocab_size >= {len(ranks) + 1}")
 
 
-def read_texts(paths: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
-    """The documents of JSONL and text files. Raises UserError with file and line."""
-    for path in paths:
-        if path.endswith(".txt"):
-            try:
-                with open(path, encoding="utf-8", newline="") as file:
-                    yield file.read()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}: byte {error.start} is not UTF-8") from None
-            continue
-        for chunk in read_chunks(path):
-            for number, line in enumerate(chunk.lines.split(b"\n"), chunk.first_line):
-                if line.strip():
-                    yield from _texts_of(line, keys, f"{path}, line {number}")
-
-
-def _texts_of(line: bytes, keys: Sequence[str], place: str) -> Iterator[str]:
-    try:
-        document = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}). Repair or remove the line.") from None
-    except RecursionError:
-        raise UserError(f"{place}: JSON nested too deeply. Repair or remove the line.") from None
-    for key in keys:
-        text = document.get(key) if isinstance(document, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{place}: no text under the key {key!r}. Name the right one by --json-keys.")
+def read_texts(inputs: Inputs, keys: Sequence[str]) -> Iterator[str]:
+    """The documents of the files. Raises UserError with file and line."""
+    for _, text in read_documents(inputs.sources, keys):
         # a lone surrogate, which JSON can spell, is no text that the tokenizers library accepts
-        yield text.encode("utf-8", "replace").decode("utf-8")
+        yield text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:

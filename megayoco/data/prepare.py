@@ -1,327 +1,201 @@
-"""Text files to indexed datasets, in several processes, without torch.
+"""Text to indexed pairs: PREFIX_KEY_document.bin, .idx and .meta.json, without torch.
 
-The parent cuts the input into chunks of whole lines and writes what comes back, in order; the workers parse, encode
-and cast. A chunk is about 1 MiB of text, so that little is spent between processes and memory stays bounded whatever
-the input's size: never more than two chunks per worker are under way.
+    inputs.py   which files, and of which format          packed.py  gzip and zstd
+    chunks.py   files in pieces of whole records           tables.py  Parquet and Arrow
+    encode.py   a piece to tokens                          workers.py the processes that do so
+    partial.py  the folder in which the output grows       prepare.py all of it together
+
+PREFIX.meta.json is one JSON object: format 1; tokenizer (type, sha256, vocab_size, eod; model and options, paths
+relative to the meta file); key; append_eod; allow_special; documents, without empty_documents; skipped records;
+text_bytes (UTF-8) of the documents; sources, the files with their bytes, or folders with their number of files where
+there are very many; and dtype, tokens, max_id, bin_bytes. Training checks the model against it.
 """
 
-import glob
-import gzip
-import json
 import os
-import threading
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
-from typing import Any, BinaryIO
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from megayoco.data.indexed import MAX_SEQUENCE, IndexedWriter, token_dtype
-from megayoco.data.tokenizer import Tokenizer, build_tokenizer
+from megayoco.data.chunks import CHUNK_BYTES, read_inputs
+from megayoco.data.encode import Task
+from megayoco.data.files import read_json_object
+from megayoco.data.indexed import pair_paths
+from megayoco.data.inputs import STDIN, Source
+from megayoco.data.partial import Counts, PartialRun, Totals
+from megayoco.data.tokenizer import Tokenizer, describe_tokenizer
+from megayoco.data.workers import Encoder
 from megayoco.errors import UserError
 
-CHUNK_BYTES = 1 << 20
+_MAX_LISTED = 1000
 
 
-@dataclass(frozen=True)
-class Task:
-    """What happens to every line: which keys are encoded by which tokenizer."""
-
-    tokenizer_type: str
-    tokenizer_model: str | None
-    keys: tuple[str, ...]
-    append_eod: bool
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Whole lines of one file: the number of the first, and how many bytes of the file (packed) are read by now."""
-
-    path: str
-    first_line: int
-    lines: bytes
-    read: int
-
-
-@dataclass
-class Encoded:
-    """One key's documents of a chunk: tokens (n,), lengths (documents,) without the empty ones."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    empty: int
-    text_bytes: int
-
-
-@dataclass
-class Counts:
-    """What became of one key so far."""
-
-    documents: int = 0
-    empty_documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-
-
-@dataclass
-class Totals:
-    """What became of the whole input so far; `read` bytes of `size` on disk."""
-
-    size: int
-    read: int = 0
-    lines: int = 0
-    keys: dict[str, Counts] = field(default_factory=dict)
-
-
-def find_inputs(patterns: Sequence[str]) -> list[str]:
-    """Files behind paths and globs, in the order given, those of one glob sorted.
-
-    Raises:
-        UserError: nothing matches, a folder, or a file named twice.
-    """
-    paths: list[str] = []
-    for pattern in patterns:
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            raise UserError(f"--input {pattern}: no such file, and no file matches it as a pattern")
-        paths.extend(found)
-    for number, path in enumerate(paths):
-        if not os.path.isfile(path):
-            raise UserError(
-                f"--input {path} is not a file. For the files of a folder, give a pattern: '{path}/*.jsonl'."
-            )
-        if path in paths[:number]:
-            raise UserError(f"--input names {path} twice")
-    return paths
-
-
-def read_chunks(path: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The lines of a file, plain or gzip (by its first bytes), in chunks of about chunk_bytes."""
-    line = 1
-    try:
-        with ExitStack() as stack:
-            raw: BinaryIO = stack.enter_context(open(path, "rb"))
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            file: Any = stack.enter_context(gzip.open(raw)) if packed else raw
-            while lines := file.read(chunk_bytes):
-                lines += file.readline()
-                yield Chunk(path, line, lines, raw.tell())
-                line += lines.count(b"\n")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{path}: the gzip data is damaged after line {line} ({error}). Copy the file again; nothing was written."
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def encode_chunk(chunk: Chunk, task: Task, tokenizer: Tokenizer) -> tuple[int, dict[str, Encoded]]:
-    """The lines of a chunk that are not blank, and their documents per key.
-
-    Raises:
-        UserError: with file and line: no JSON object, a key missing or not text, a document too long.
-    """
-    dtype = token_dtype(tokenizer.vocab_size)
-    parts: dict[str, list[np.ndarray]] = {key: [] for key in task.keys}
-    counts = {key: Counts() for key in task.keys}
-    end = np.array([tokenizer.eod] if task.append_eod else [], np.int64)
-    documents = 0
-    for number, line in enumerate(chunk.lines.split(b"\n"), chunk.first_line):
-        if not line.strip():
-            continue
-        place = f"{chunk.path}, line {number}"
-        document = _parse(line, place)
-        documents += 1
-        for key in task.keys:
-            text = document.get(key)
-            if not isinstance(text, str):
-                raise UserError(_wrong_key(place, key, document))
-            if not text:
-                counts[key].empty_documents += 1
-                continue
-            ids = tokenizer.encode_array(text)
-            if int(ids.max()) >= tokenizer.vocab_size or len(ids) >= MAX_SEQUENCE:
-                raise UserError(f"{place}: {len(ids)} tokens up to id {int(ids.max())} do not fit the format")
-            parts[key].append(np.concatenate((ids, end), dtype=dtype, casting="unsafe"))
-            counts[key].text_bytes += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-    encoded = {}
-    for key in task.keys:
-        tokens = np.concatenate(parts[key]) if parts[key] else np.zeros(0, dtype)
-        lengths = np.array([len(part) for part in parts[key]], np.int64)
-        encoded[key] = Encoded(tokens, lengths, counts[key].empty_documents, counts[key].text_bytes)
-    return documents, encoded
+class Interrupted(KeyboardInterrupt):
+    """A run was ended by Ctrl-C or a signal; the text says what remains of it."""
 
 
 def preprocess(
-    inputs: Sequence[str],
+    sources: Sequence[Source],
     output_prefix: str,
     task: Task,
     *,
     workers: int = 1,
     overwrite: bool = False,
+    resume: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     report: Callable[[Totals], None] = lambda totals: None,
 ) -> Totals:
-    """Write OUTPUT_PREFIX_KEY_document.{bin,idx,meta.json} for every key, all of them or none.
+    """Write OUTPUT_PREFIX_KEY_document.{bin,idx,meta.json} for every key of the task, all of them or none.
+
+    The result depends on the input, the task and nothing else: not on workers, nor on where a run was interrupted.
 
     Args:
-        inputs: files of JSON lines.
-        workers: processes; with 1 everything happens in this one.
-        report: called after every chunk.
+        sources: files of `find_inputs`.
+        workers: processes that encode; with 1 everything happens in this one.
+        overwrite: replace existing pairs, and an unfinished run of this prefix.
+        resume: go on with an unfinished run of this prefix, if there is one; a finished one is left as it is.
+        report: called at the start and after every chunk.
+
+    Returns:
+        The counts, those of the interrupted runs included.
 
     Raises:
-        UserError: the first mistake in the input, with file and line; an output that exists; a worker that died.
+        UserError: a record that cannot be used (unless `task.skip`), with file and line; no document at all; output
+            that exists; a worker that died; a full disk.
+        Interrupted: Ctrl-C, or another KeyboardInterrupt.
     """
-    tokenizer = build_tokenizer(task.tokenizer_type, task.tokenizer_model)
-    totals = Totals(size=sum(os.path.getsize(path) for path in inputs), keys={key: Counts() for key in task.keys})
-    before = 0  # bytes of the files that are finished
-    with ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(
-                IndexedWriter(f"{output_prefix}_{key}_document", tokenizer.vocab_size, overwrite=overwrite)
-            )
-            for key in task.keys
-        }
-        encode = stack.enter_context(_Encoder(task, tokenizer, workers))
-        for path in inputs:
-            for chunk, (lines, encoded) in encode(read_chunks(path, chunk_bytes)):
-                totals.lines += lines
-                totals.read = before + chunk.read
-                for key, part in encoded.items():
-                    writers[key].add(part.tokens, part.lengths)
-                    count = totals.keys[key]
-                    count.documents += len(part.lengths)
-                    count.empty_documents += part.empty
-                    count.text_bytes += part.text_bytes
-                    count.tokens += len(part.tokens)
-                report(totals)
-            before += os.path.getsize(path)
-        for key, count in totals.keys.items():
-            if not count.documents:
-                raise UserError(f"{inputs[0]}: no document with text under the key {key!r}; nothing was written")
-        for key, writer in writers.items():
-            writer.finish(_meta(writer.prefix, inputs, key, task, tokenizer, totals.keys[key]))
-    return totals
-
-
-class _Encoder:
-    """Encodes chunks in processes, a few in advance, and gives them back in order. A context manager."""
-
-    def __init__(self, task: Task, tokenizer: Tokenizer, workers: int):
-        self._task, self._tokenizer, self._workers = task, tokenizer, workers
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Callable[[Iterator[Chunk]], Iterator[tuple[Chunk, tuple[int, dict[str, Encoded]]]]]:
-        if self._workers > 1:
-            # spawned, not forked: a fork would copy the progress bar's thread and locks in any state
-            context = get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, _start_worker, (self._task,))
-        return self._encode
-
-    def __exit__(self, *exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _encode(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, tuple[int, dict[str, Encoded]]]]:
-        if self._pool is None:
-            for chunk in chunks:
-                yield chunk, encode_chunk(chunk, self._task, self._tokenizer)
-            return
-        waiting: deque[tuple[Chunk, Future]] = deque()
-        for chunk in chunks:
-            waiting.append(self._submit(chunk))
-            if len(waiting) >= 2 * self._workers:
-                yield self._result(*waiting.popleft())
-        while waiting:
-            yield self._result(*waiting.popleft())
-
-    def _submit(self, chunk: Chunk) -> tuple[Chunk, Future]:
-        assert self._pool is not None
+    for key in task.fields:
+        if not key or "/" in key or key.startswith("."):
+            raise UserError(f"--json-keys: {key!r} cannot be part of a file name")
+    piped = any(source.path == STDIN for source in sources)
+    if piped and resume:
+        raise UserError("--resume needs input that can be read again, not stdin (-). Write it to a file first.")
+    tokenizer = task.build_tokenizer()
+    keys = list(task.fields)
+    if resume and not os.path.exists(f"{output_prefix}.partial"):
+        finished = _finished(output_prefix, sources, task, tokenizer)
+        if finished is not None:
+            report(finished)
+            return finished
+    size = sum(source.size for source in sources)
+    settings = _settings(sources, task, tokenizer)
+    options: dict[str, Any] = dict(overwrite=overwrite, resume=resume, size=size, resumable=not piped)
+    with PartialRun(output_prefix, keys, tokenizer.vocab_size, settings, **options) as run:
         try:
-            return chunk, self._pool.submit(_work, chunk)
-        except BrokenProcessPool as error:
-            raise UserError(_died(chunk)) from error
-
-    def _result(self, chunk: Chunk, future: Future) -> tuple[Chunk, tuple[int, dict[str, Encoded]]]:
-        try:
-            return chunk, future.result()
-        except BrokenProcessPool as error:
-            raise UserError(_died(chunk)) from error
-
-
-_worker: tuple[Task, Tokenizer] | None = None
-
-
-def _start_worker(task: Task) -> None:
-    global _worker
-    _worker = task, build_tokenizer(task.tokenizer_type, task.tokenizer_model)
-    # the pool's queues do not tell a worker that its parent was killed: without this it would wait for ever
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+            report(run.totals)
+            if not run.complete:
+                _encode_all(run, sources, task, tokenizer, workers, chunk_bytes, report)
+                for key, count in run.totals.keys.items():
+                    if not count.documents:
+                        left_out = f" ({run.totals.skipped:,} records were skipped)" if run.totals.skipped else ""
+                        raise UserError(
+                            f"{sources[0].path}: no document with text under the key {key!r}{left_out}; nothing was"
+                            " written"
+                        )
+            folder = Path(output_prefix).parent
+            run.publish({key: _meta(folder, sources, key, task, tokenizer, run.totals) for key in keys})
+        except UserError as error:
+            kept = f" {run.totals.records:,} documents are kept: --resume goes on." if run.kept else ""
+            raise UserError(f"{error}{kept}") from error
+        except KeyboardInterrupt as error:
+            kept = f"{run.totals.records:,} documents are kept: run it again with --resume to go on"
+            raise Interrupted(kept if run.kept else "nothing was written") from error
+    return run.totals
 
 
-def _work(chunk: Chunk) -> tuple[int, dict[str, Encoded]]:
-    assert _worker is not None
-    return encode_chunk(chunk, *_worker)
-
-
-def _died(chunk: Chunk) -> str:
-    last = chunk.first_line + chunk.lines.count(b"\n")
-    return (
-        f"{chunk.path}, about lines {chunk.first_line} to {last}: a worker process died, most often because memory ran"
-        " out. Nothing was written. Give fewer --workers, or look for a huge line there."
-    )
-
-
-def _parse(line: bytes, place: str) -> dict[str, Any]:
+def _encode_all(
+    run: PartialRun,
+    sources: Sequence[Source],
+    task: Task,
+    tokenizer: Tokenizer,
+    workers: int,
+    chunk_bytes: int,
+    report: Callable[[Totals], None],
+) -> None:
+    limit, totals = task.max_document_bytes, run.totals
+    before = [0]  # bytes of the files in front of each
+    for source in sources:
+        before.append(before[-1] + source.size)
+    chunks = read_inputs(sources, task.fields, run.position, chunk_bytes=chunk_bytes, limit=limit)
     try:
-        document = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: byte {error.start} is not UTF-8. Repair or remove the line.") from None
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}). Repair or remove the line.") from None
-    except RecursionError:
-        raise UserError(f"{place}: JSON nested too deeply. Repair or remove the line.") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{place}: expected a JSON object, got {type(document).__name__}: {line[:40]!r}")
-    return document
+        with Encoder(task, tokenizer, workers) as encode:
+            for chunk, result in encode(chunks):
+                run.advance(result, chunk.after)
+                at = chunk.after.source
+                begun = at < len(sources) and chunk.after.record
+                totals.read = before[at] + int(begun and chunk.read * sources[at].size)
+                run.record()
+                report(totals)
+    except (UserError, KeyboardInterrupt):
+        if run.kept:
+            with suppress(UserError):  # the disk is full: what was recorded before is still good
+                run.record(now=True)
+        raise
 
 
-def _wrong_key(place: str, key: str, document: dict[str, Any]) -> str:
-    if key in document:
-        return f"{place}: the value of {key!r} is {type(document[key]).__name__}, not text"
-    return (
-        f"{place}: no key {key!r}, only {', '.join(map(repr, document)) or 'none'}. Name the right one by --json-keys."
-    )
+def _settings(sources: Sequence[Source], task: Task, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the result, flag by flag, to be compared when a run is resumed."""
+    return {
+        "--input": [[os.path.abspath(s.path), s.format, s.size, s.modified] for s in sources],
+        "--json-keys": {key: list(names) for key, names in task.fields.items()},
+        "--tokenizer-type and --tokenizer-model": tokenizer.identity(),
+        "--append-eod": task.append_eod,
+        "--allow-special": task.allow_special,
+        "--on-error": "skip" if task.skip else "stop",
+        "--max-document-mb": task.max_document_bytes / 1e6,
+    }
 
 
 def _meta(
-    prefix: str, inputs: Sequence[str], key: str, task: Task, tokenizer: Tokenizer, count: Counts
+    folder: Path, sources: Sequence[Source], key: str, task: Task, tokenizer: Tokenizer, totals: Totals
 ) -> dict[str, Any]:
-    model = tokenizer.model
-    if model is not None and os.path.exists(model):
-        # relative to the meta file, so that a folder with both can be moved
-        model = os.path.relpath(os.path.realpath(model), os.path.dirname(os.path.realpath(prefix)))
+    count = totals.keys[key]
     return {
         "format": 1,
-        "tokenizer": {**tokenizer.identity(), "model": model},
+        "tokenizer": describe_tokenizer(tokenizer, folder),
         "key": key,
         "append_eod": task.append_eod,
+        "allow_special": task.allow_special,
         "documents": count.documents,
         "empty_documents": count.empty_documents,
+        "skipped": totals.skipped,
         "text_bytes": count.text_bytes,
-        "sources": [{"path": str(path), "bytes": os.path.getsize(path)} for path in inputs],
+        "sources": _describe_sources(sources),
     }
+
+
+def _describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    if len(sources) <= _MAX_LISTED:
+        return [{"path": source.path, "bytes": source.size} for source in sources]
+    folders: dict[str, list[int]] = {}
+    for source in sources:
+        folders.setdefault(os.path.dirname(source.path), []).append(source.size)
+    return [{"path": path, "files": len(sizes), "bytes": sum(sizes)} for path, sizes in folders.items()]
+
+
+def _finished(prefix: str, sources: Sequence[Source], task: Task, tokenizer: Tokenizer) -> Totals | None:
+    """The counts of pairs that this very run wrote earlier, None if there are none."""
+    totals = Totals(size := sum(source.size for source in sources), read=size)
+    newest = max(source.modified for source in sources)
+    for key in task.fields:
+        paths = pair_paths(f"{prefix}_{key}_document")
+        if not all(path.exists() for path in paths.values()):
+            return None
+        meta = read_json_object(paths["meta.json"], "Give --overwrite to write the pair again.")
+        totals.keys[key] = Counts()
+        expected = _meta(Path(prefix).parent, sources, key, task, tokenizer, totals)
+        compared = ("format", "key", "append_eod", "allow_special", "sources")
+        if any(meta.get(name) != expected[name] for name in compared):
+            return None
+        identity: Mapping[str, Any] = tokenizer.identity()
+        if any(meta.get("tokenizer", {}).get(name) != value for name, value in identity.items()):
+            return None
+        if paths["meta.json"].stat().st_mtime_ns < newest:  # the input was changed after it was read
+            return None
+        counts = {name: int(meta[name]) for name in asdict(Counts())}
+        totals.keys[key] = Counts(**counts)
+        totals.skipped = int(meta.get("skipped", 0))
+    first = next(iter(totals.keys.values()))
+    totals.records = first.documents + first.empty_documents
+    return totals

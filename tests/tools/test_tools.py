@@ -1,6 +1,5 @@
 """The tools that users run first: the printed command lines, what they write, and one line for every mistake."""
 
-import gzip
 import importlib.util
 import json
 import os
@@ -12,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megayoco.data import prepare
 from megayoco.data.command import run_command
 from megayoco.data.indexed import check_prefix
-from megayoco.data.tokenizer import TiktokenTokenizer, build_tokenizer, load_ranks
+from megayoco.data.tokenizer import TiktokenTokenizer, load_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +114,7 @@ def test_ranks_encode_as_the_trained_merges_and_every_text_comes_back(corpus, ra
     texts = texts_of(corpus)
     trained = train_tokenizer.train(iter(texts), 600)
     tokenizer = TiktokenTokenizer(str(rank_file))
-    assert tokenizer.encoding._mergeable_ranks == train_tokenizer.tiktoken_ranks(trained)
+    assert tokenizer.engine.ranks == train_tokenizer.tiktoken_ranks(trained)
     assert sorted(load_ranks(rank_file).values()) == list(range(600))
     assert (tokenizer.vocab_size, tokenizer.eod) == (601, 600)
     generator = random.Random(0)
@@ -136,124 +134,16 @@ def test_a_vocabulary_larger_than_the_text_gives_is_smaller_and_says_so(tmp_path
     assert len(load_ranks(tmp_path / "r")) < 270
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("kind", ["TiktokenTokenizer", "ByteTokenizer"])
-def test_a_pair_equals_direct_encoding_document_by_document(corpus, rank_file, tmp_path, kind, workers, monkeypatch):
-    monkeypatch.setattr(
-        prepare.preprocess, "__kwdefaults__", prepare.preprocess.__kwdefaults__ | {"chunk_bytes": 30_000}
-    )
-    arguments = ["--input", corpus, "--output_prefix", tmp_path / "d/c", "--tokenizer_type", kind, "--append-eod"]
-    arguments += ["--tokenizer-model", rank_file, f"--workers={workers}", "--log_interval", 5]
-    assert run_command(preprocess_data.main, [str(a) for a in arguments]) == 0
-    tokenizer = build_tokenizer(kind, str(rank_file))
-    texts = texts_of(corpus)
-    expected = [[*tokenizer.encode(text), tokenizer.eod] for text in texts]
-    assert tokens_of(tmp_path / "d/c_text_document") == expected
-    meta = json.loads((tmp_path / "d/c_text_document.meta.json").read_text())
-    assert {key: meta["tokenizer"][key] for key in tokenizer.identity()} == tokenizer.identity()
-    assert meta["documents"] == len(texts)
-    assert meta["tokens"] == sum(map(len, expected))
-    assert meta["text_bytes"] == sum(len(text.encode()) for text in texts)
-    assert sorted(p.suffix for p in (tmp_path / "d").iterdir()) == [".bin", ".idx", ".json"]
-
-
-def run_bytes(path, prefix, *more) -> int:
-    arguments = ["--input", path, "--output-prefix", prefix, "--tokenizer-type", "ByteTokenizer", *more]
-    return run_command(preprocess_data.main, [str(a) for a in arguments])
-
-
-def test_empty_documents_are_counted_and_special_tokens_are_text(tmp_path, capsys):
-    path = write_lines(
-        tmp_path / "a.jsonl", {"text": "x"}, {"text": ""}, b"", {"text": "<|endoftext|>"}, {"text": "\ud800"}
-    )
-    path.write_bytes(path.read_bytes()[:-1])  # the last line has no newline
-    assert run_bytes(path, tmp_path / "o") == 0
-    assert tokens_of(tmp_path / "o_text_document") == [list(b"x"), list(b"<|endoftext|>"), list("\ufffd".encode())]
-    assert "1 empty documents left out" in capsys.readouterr().out
-
-
-def test_several_keys_files_patterns_and_gzip(tmp_path):
-    write_lines(tmp_path / "a-1.jsonl", {"text": "x", "title": "A"})
-    (tmp_path / "a-2.jsonl.gz").write_bytes(
-        gzip.compress(write_lines(tmp_path / "b", {"text": "y", "title": "B"}).read_bytes())
-    )
-    write_lines(tmp_path / "c", {"text": "z", "title": ""})
-    arguments = ["--input", tmp_path / "a-*", tmp_path / "c", "--output-prefix", tmp_path / "p", "--json-keys", "text"]
-    arguments += ["title", "--tokenizer-type", "ByteTokenizer"]
-    assert run_command(preprocess_data.main, [str(a) for a in arguments]) == 0
-    assert tokens_of(tmp_path / "p_text_document") == [list(b"x"), list(b"y"), list(b"z")]
-    assert tokens_of(tmp_path / "p_title_document") == [list(b"A"), list(b"B")]
-
-
-GOOD = {"text": "fine"}
-MISTAKES = {
-    "not JSON": (b'{"text": "cut', "line 3: not JSON"),
-    "an array": (["text"], "line 3: expected a JSON object, got list"),
-    "no key": ({"content": "x", "id": 1}, "line 3: no key 'text', only 'content', 'id'"),
-    "not text": ({"text": 5}, "line 3: the value of 'text' is int, not text"),
-    "not UTF-8": (b'{"text": "\xff"}', "line 3: byte 10 is not UTF-8"),
-}
-
-
-@pytest.mark.parametrize(("case", "workers"), [*((case, 1) for case in MISTAKES), ("no key", 2)])
-def test_a_mistake_ends_the_run_with_file_and_line(tmp_path, capsys, case, workers):
-    line, message = MISTAKES[case]
-    path = write_lines(tmp_path / "a.jsonl", GOOD, GOOD, line, GOOD)
-    arguments = ["--input", path, "--output-prefix", tmp_path / "d/o", "--tokenizer-type", "ByteTokenizer"]
-    error = fails(preprocess_data, [*arguments, "--workers", workers], capsys)
-    assert f"{path}, {message}" in error
-    assert list((tmp_path / "d").iterdir()) == []
-
-
-def die(chunk):
-    os._exit(9)
-
-
-def test_a_worker_that_dies_ends_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "_work", die)
-    path = write_lines(tmp_path / "a.jsonl", GOOD, GOOD)
-    arguments = ["--input", path, "--output-prefix", tmp_path / "d/o", "--tokenizer-type", "ByteTokenizer"]
-    error = fails(preprocess_data, [*arguments, "--workers", 2], capsys)
-    assert f"{path}, about lines 1 to 3: a worker process died" in error
-    assert list((tmp_path / "d").iterdir()) == []
-
-
-def test_output_is_replaced_only_when_told_to(tmp_path, capsys):
-    path = write_lines(tmp_path / "a.jsonl", GOOD)
-    assert run_bytes(path, tmp_path / "o") == 0
-    write_lines(path, {"text": "other"})
-    arguments = ["--input", path, "--output-prefix", tmp_path / "o", "--tokenizer-type", "ByteTokenizer"]
-    assert "o_text_document.idx exists" in fails(preprocess_data, arguments, capsys)
-    assert tokens_of(tmp_path / "o_text_document") == [list(b"fine")]
-    assert run_bytes(path, tmp_path / "o", "--overwrite") == 0
-    assert tokens_of(tmp_path / "o_text_document") == [list(b"other")]
-
-
 def test_mistakes_in_the_arguments(tmp_path, capsys, corpus, rank_file):
-    path = write_lines(tmp_path / "a.jsonl", GOOD)
-    packed = tmp_path / "cut.gz"
-    packed.write_bytes(gzip.compress(os.urandom(5000).hex().encode())[:-500])
+    path = write_lines(tmp_path / "a.jsonl", {"text": "fine"})
     blank = write_lines(tmp_path / "blank.jsonl", {"text": ""})
-    output = ["--output-prefix", tmp_path / "o", "--tokenizer-type"]
-    for arguments, message in [
-        (["--input", tmp_path / "none*", *output, "ByteTokenizer"], "no such file"),
-        (["--input", tmp_path, *output, "ByteTokenizer"], "is not a file"),
-        (["--input", path, path, *output, "ByteTokenizer"], "twice"),
-        (["--input", packed, *output, "ByteTokenizer"], "gzip data is damaged"),
-        (["--input", blank, *output, "ByteTokenizer"], "no document with text under the key 'text'"),
-        (["--input", path, *output, "TiktokenTokenizer"], "TiktokenTokenizer needs a model"),
-        (["--input", path, *output, "TiktokenTokenizer", "--tokenizer-model", path], "expected a token in base64"),
-        (["--input", path, "--output-prefix", "/proc/x/o", "--tokenizer-type", "ByteTokenizer"], "cannot write"),
-    ]:
-        assert message in fails(preprocess_data, arguments, capsys)
-        assert not list(tmp_path.glob("o*"))
     size = ["--vocab-size", 300, "--output"]
     deep = tmp_path / "deep.jsonl"
     deep.write_text("[" * 100_000)
     for arguments, message in [
         (["--input", path, "--vocab-size", 255, "--output", tmp_path / "r"], "below 256"),
         (["--input", corpus, *size, rank_file], "exists"),
-        (["--input", blank, "--json-keys", "body", *size, tmp_path / "r"], "blank.jsonl, line 1: no text under"),
+        (["--input", blank, "--json-keys", "body", *size, tmp_path / "r"], "blank.jsonl, line 1: no key 'body'"),
         (["--input", deep, *size, tmp_path / "r"], "deep.jsonl, line 1: JSON nested too deeply"),
         (["--input", path, *size, Path(path, "r")], "cannot write"),
         (["--input", path, "--vocab-size", 2**40, "--output", tmp_path / "r"], "32 bits"),
