@@ -1,6 +1,7 @@
 """The run's config: what is read, what is refused and with which words, and that a saved one is read back equal."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -73,7 +74,13 @@ def test_overrides_reach_into_lists_and_absent_sections_and_apply_in_order(run_y
 
 def test_saved_config_is_read_back_equal_and_needs_no_preset(run_yaml, tmp_path):
     text = RUN + "optimizer: {eps: 1e-8, betas: [0.9, 0.98]}\nseed: 0\n"
-    overrides = ["model.self_mixer=window", "data.train=[{prefix: a}, {prefix: b, weight: 2}]", "phases.0.name='1e3'"]
+    overrides = [
+        "model.self_mixer=window",
+        "data.train=[{prefix: a, weight: 1}, {prefix: b, weight: 2}]",
+        "data.valid=[{prefix: a}]",
+        "data.tokenizer_options={eod_token: x}",
+        "phases.0.name='1e3'",
+    ]
     run = load_config(run_yaml(text), overrides)
     saved = tmp_path / "config.yaml"
     save_config(run, saved)
@@ -121,6 +128,9 @@ def test_words_and_dates_stay_text(run_yaml, text):
         (("steps: 100", "steps: 100\n    steps: 10"), "line 8: phases.0.steps is given twice, first in line 7."),
         (("steps: 100", "steps: 100\n    tokens: 10"), "line 7: phases.0.steps or tokens says how long the phase is"),
         (("data/corpus", "[1, a, b]"), "line 4: data.train must be a dataset prefix, a list of prefixes"),
+        (("data/corpus", "[{prefix: a, weight: 1}, {prefix: b}]"), "line 4: data.train must give a weight to each"),
+        (("data/corpus", "a\n  temperature: 0"), "line 5: data.temperature must be greater than 0.0, got 0."),
+        (("data/corpus", "a\n  long_document_weight: -1"), "line 5: data.long_document_weight must be at least 0"),
         (("data/corpus", "[{prefix: a, wight: 1}]"), "got the entry {'prefix': 'a', 'wight': 1}"),
         (("output_dir: runs/first", "output_dir: [a"), ": not valid YAML"),
         (("output_dir: runs/first", "output_dir: !!python/name:os.system x"), "line 10: 'x' is not a value of kind"),
@@ -285,7 +295,14 @@ def test_kv_heads_are_split_or_replicated(kv_heads):
 
 
 @pytest.mark.parametrize(
-    "train", ["a", ["a", "b"], [3, "a", 0.5, "b"], [{"prefix": "a"}, {"prefix": "b", "weight": 2}]]
+    "train",
+    [
+        "a",
+        ["a", "b"],
+        [3, "a", 0.5, "b"],
+        [{"prefix": "a", "weight": 1}, {"prefix": "b", "weight": 2}],
+        [{"prefix": "a"}],
+    ],
 )
 def test_blends_in_every_grammar(train):
     """data/blend.py reads them (tests/data/test_blend.py); the config only refuses what has no meaning."""
@@ -343,8 +360,10 @@ def test_micro_batches_per_replica():
 
 def test_a_phase_replaces_only_what_it_gives(run_yaml):
     text = RUN + "    # end\n"
-    run = load_config(run_yaml(text), ["data.valid=v", "phases.0.data={train: [x, y]}", "phases.0.rope_theta=640e3"])
-    assert run.phase_data(0) == dataclasses.replace(run.data, train=["x", "y"])
+    changes = {"train": ["x", "y"], "temperature": 2.0, "long_document_weight": 0.0, "split": "9,1,0"}
+    overrides = [f"phases.0.data={json.dumps(changes)}", "data.valid=v", "phases.0.rope_theta=640e3"]
+    run = load_config(run_yaml(text), overrides)
+    assert run.phase_data(0) == dataclasses.replace(run.data, **changes)
     assert run.phase_rope_theta(0) == 640_000
     plain = load_config(run_yaml())
     assert (plain.phase_data(0), plain.phase_rope_theta(0)) == (plain.data, 10_000)

@@ -40,7 +40,10 @@ def _check_blend(field: str, value: Any) -> Any:
         for item in value:
             if isinstance(item, dict) and not _is_source(item):
                 refuse(field, f"{GRAMMAR}; got the entry {item!r}")
-        return [item if isinstance(item, DataSource) else DataSource(**item) for item in value]
+        sources = [item if isinstance(item, DataSource) else DataSource(**item) for item in value]
+        if len({source.weight is None for source in sources}) > 1:
+            refuse(field, "must give a weight to each dataset, or to none")
+        return sources
     if all(isinstance(item, str) for item in value):
         return value
     pairs = list(zip(value[::2], value[1::2], strict=False))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megayoco.config import RunConfig, save_config
 from megayoco.convert.export import check_replaceable
+from megayoco.data.datasets import Datasets
+from megayoco.data.files import read_json_object, write_text_atomically
 from megayoco.errors import UserError
 from megayoco.train.checkpoint import Checkpoint, find_latest
 from megayoco.train.report import METRICS_FILE, truncate_metrics
 
 CONFIG_FILE = "config.yaml"
-_FILES = (CONFIG_FILE, METRICS_FILE)
+DATA_FILE = "data.json"
+_FILES = (CONFIG_FILE, METRICS_FILE, DATA_FILE)
 ENTRIES = (*_FILES, "tensorboard", "checkpoints", "tokenizer", "export")
 """All that a run writes, and all that --overwrite removes."""
 
@@ -87,3 +92,31 @@ def prepare_output(plan: OutputPlan, run: RunConfig) -> None:
             f"{error.filename or plan.directory} cannot be changed: {error.strerror}. Choose another output_dir, or"
             " make it writable."
         ) from error
+
+
+def check_data(plan: OutputPlan, phase: int, datasets: Datasets) -> None:
+    """On resume within a phase, compare the sizes of its datasets with what they were: other data, other samples.
+
+    Raises:
+        UserError: a dataset has been made anew since.
+    """
+    path = plan.directory / DATA_FILE
+    if not path.exists():
+        return
+    remedy = "Restore it, or start anew with --overwrite or another output_dir."
+    before = read_json_object(path, remedy).get(str(phase))
+    for source, entry in zip(datasets.shares, before if isinstance(before, list) else [], strict=False):
+        tokens = entry.get("tokens_per_epoch") if isinstance(entry, dict) else None
+        if tokens != source.tokens_per_epoch:
+            raise UserError(
+                f"{source.prefix} gives {source.tokens_per_epoch:,} tokens to an epoch of phase {phase}, but {tokens}"
+                f" when the run began ({path}): it was made anew, and the samples are others. {remedy}"
+            )
+
+
+def record_data(plan: OutputPlan, datasets: Mapping[int, Datasets]) -> None:
+    """Write what the phases read, on rank 0 alone, for `check_data` and for people."""
+    path = plan.directory / DATA_FILE
+    known = read_json_object(path, "Remove it.") if path.exists() else {}
+    known.update({str(number): [vars(source) for source in phase.shares] for number, phase in datasets.items()})
+    write_text_atomically(path, json.dumps(known, indent=1) + "\n")

@@ -26,7 +26,7 @@ from megayoco.train.checkpoint import check_resumable, load
 from megayoco.train.engine import Engine, engine_config
 from megayoco.train.memory import MemoryEstimate, check_memory, estimate_memory
 from megayoco.train.metrics import Peak, find_peak
-from megayoco.train.output import OutputPlan, plan_output, prepare_output
+from megayoco.train.output import OutputPlan, check_data, plan_output, prepare_output, record_data
 from megayoco.train.phases import Timeline, phase_label
 
 
@@ -73,13 +73,18 @@ class Session:
             self.tokenizer = self._tokenizer()
         self.step = self.plan.checkpoint.step if self.plan.checkpoint else 0
         # the data of every phase, so that a prefix missing in the last one does not end the run after a week
-        first = self.timeline.position(self.step).phase
+        position = self.timeline.position(self.step)
+        first = position.phase
         datasets = {number: self._build_datasets(number) for number in range(first, len(self.run.phases))}
         self._data_lines = [line for number in datasets for line in self._describe_data(number, datasets[number])]
         self._datasets: dict[int, Datasets] = {first: datasets[first]}
         with all_ranks_agree():
+            if self.plan.checkpoint is not None and position.consumed_samples:
+                check_data(self.plan, first, datasets[first])
+        with all_ranks_agree():
             if launch.rank == 0:
                 prepare_output(self.plan, self.run)
+                record_data(self.plan, datasets)
                 self.tokenizer.save(self.directory / "tokenizer")
         torch.manual_seed(self.run.seed)
         self.engine = Engine(self.run, self.ds_config, self.topology, device)

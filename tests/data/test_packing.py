@@ -21,7 +21,7 @@ T = 32
 
 @pytest.fixture
 def micro_batches(write_pair):
-    """micro_batches(document_mask) -> samples, first two micro-batches; documents are shorter and longer than a sample."""
+    """micro_batches(document_mask) -> all samples, and the first two micro-batches of three."""
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 40, 5, 3, 17, 2, 33, 1, 1, 24, 9, 70, 6, 12]
     documents = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths]

@@ -107,6 +107,11 @@ def test_the_same_run_resumes_and_may_change_what_lies_ahead(run):
         (lambda r: dataclasses.replace(r, seed=7), "seed = 1234, this run has 7"),
         (lambda r: dataclasses.replace(r, model=dataclasses.replace(r.model, dim=32)), "model.dim = 16.*has 32"),
         (lambda r: dataclasses.replace(r, data=DataConfig(train="c")), "data.train of phase 0"),
+        (
+            lambda r: dataclasses.replace(r, data=dataclasses.replace(r.data, long_document_weight=2.0)),
+            "data.long_document_weight of phase 0 = 1.0, this run has 2.0",
+        ),
+        (lambda r: dataclasses.replace(r, data=dataclasses.replace(r.data, temperature=2.0)), "data.temperature of"),
         (lambda r: dataclasses.replace(r, phases=[r.phases[1], r.phases[1]]), "phases.0"),
         (lambda r: dataclasses.replace(r, phases=r.phases[:1]), "the run ends at step 4"),
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megayoco.config import PhaseConfig
+from megayoco.config import DataConfig, ModelConfig, PhaseConfig, PhaseDataConfig, RunConfig
 from megayoco.train.phases import Timeline, learning_rate
 
 
@@ -52,3 +52,28 @@ def test_phases_that_read_the_same_samples_go_on_where_the_last_one_ended():
     first = [timeline.position(step).consumed_samples for step in (0, 3, 5, 6)]
     assert first == [0, 12, 0, 0]  # another length or other data begins anew
     assert [timeline.samples_until_end(number) for number in range(4)] == [12, 16, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("own", "goes_on"),
+    [
+        (None, True),
+        ({"train": "books"}, True),
+        ({"document_mask": True}, True),
+        ({"train": "code"}, False),
+        ({"temperature": 2.0}, False),
+        ({"long_document_weight": 3.0}, False),
+        ({"split": "90,10,0"}, False),
+        ({"valid": "v"}, False),  # then the split no longer cuts the training data
+        ({"valid": "v", "split": "90,10,0"}, False),
+    ],
+)
+def test_a_phase_goes_on_in_the_samples_if_nothing_that_orders_them_differs(own, goes_on):
+    data = None if own is None else PhaseDataConfig(**own)
+    run = RunConfig(
+        model=ModelConfig(pattern="llama", dim=16, layers=2, hidden_dim=32, heads=2, vocab_size=64),
+        data=DataConfig(train="books"),
+        phases=[phase(steps=3), phase(steps=2, data=data)],
+        output_dir="out",
+    )
+    assert Timeline.of(run).position(3).consumed_samples == (12 if goes_on else 0)

@@ -126,6 +126,27 @@ def test_a_run_and_its_exact_continuation(train, tmp_path):
     assert (changed.code, "model.hidden_dim = 64, this run has 96" in changed.err) == (2, True)
 
 
+def test_data_that_was_made_anew_is_no_data_to_resume_on(train, prefix, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(Path(prefix).parent, data)
+    arguments = (
+        tmp_path / "out",
+        f"data.train={data / 'bytes'}",
+        "phases=[{sequence_length: 32, steps: 6, batch_size: 2, learning_rate: 1e-3}]",
+        "checkpoint={interval: 3, export: never}",
+    )
+    assert train(*arguments).code == 0
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "global_step6")
+    (tmp_path / "out" / "checkpoints" / "latest").unlink()
+    with IndexedWriter(str(data / "bytes"), 264, overwrite=True) as writer:
+        writer.add(np.arange(3000, dtype=writer.dtype) % 256, np.array([1000, 1000, 500, 500]))
+        writer.finish({"tokenizer": {**build_tokenizer("ByteTokenizer").identity(), "model": None}})
+    result = train(*arguments, "--resume")
+    assert result.code == 2
+    assert "gives 2,500 tokens to an epoch of phase 0, but 15" in result.err
+    assert "made anew" in result.err
+
+
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(train, tmp_path, monkeypatch):
     from megayoco.train import loop
 
