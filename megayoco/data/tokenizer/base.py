@@ -11,9 +11,18 @@ from typing import Any
 import numpy as np
 
 from megayoco.data.files import write_text_atomically
+from megayoco.errors import UserError
 
 SAVED_NAME = "megayoco_tokenizer.json"
 REPLACEMENT = "\ufffd".encode()
+
+
+class EncodingError(UserError):
+    """A text that a tokenizer cannot encode; `document` is its place among the texts of the call."""
+
+    def __init__(self, message: str, document: int = 0):
+        super().__init__(message)
+        self.document = document
 
 
 class Tokenizer(ABC):
@@ -66,7 +75,7 @@ class Tokenizer(ABC):
             included. An empty text has length 0 and no eod.
 
         Raises:
-            UserError: a text that the engine cannot encode.
+            EncodingError: a text that the engine cannot encode, with its place in `texts`.
         """
         tokens, lengths = self._encode_batch(texts, allow_special)
         if append_eod:

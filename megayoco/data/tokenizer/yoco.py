@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
 
-from megayoco.data.tokenizer.base import REPLACEMENT, Tokenizer
-from megayoco.data.tokenizer.bpe import encode_texts, read_vocabulary, tiktoken_encoding
-from megayoco.data.tokenizer.ranks import format_ranks, write_rank_file
+from megayoco.data.tokenizer.base import Tokenizer
+from megayoco.data.tokenizer.bpe import read_vocabulary
+from megayoco.data.tokenizer.engine import TiktokenEngine
+from megayoco.data.tokenizer.ranks import write_rank_file
 
 SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
 """Ids 0 to 3; every id of tiktoken follows, 4 higher."""
 
 CL100K_SPECIALS = {"<|endoftext|>": 1, "<|fim_prefix|>": 2, "<|fim_middle|>": 3, "<|fim_suffix|>": 4}
-"""cl100k's own special tokens, counted from the end of the ranks; <|endofprompt|> (20) lost its id to <jupyter_code>."""
+"""cl100k's own special tokens, counted from the end of its ranks, but <|endofprompt|>, whose id <jupyter_code> has."""
 
 CODE_SPECIALS = (
     "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<reponame>", "<filename>", "<gh_stars>",
@@ -40,32 +40,24 @@ class YocoTiktokenTokenizer(Tokenizer):
         self.model = model
         ranks, pattern, _ = read_vocabulary(model)
         first = max(ranks.values()) + 1
-        self.special_tokens = {name: first + place for name, place in CL100K_SPECIALS.items()}
-        self.special_tokens |= {name: first + 8 + place for place, name in enumerate(CODE_SPECIALS)}
-        self.vocab_size = -(-(max(self.special_tokens.values()) + 1 + len(SYMBOLS)) // 8) * 8
-        self.encoding: tiktoken.Encoding = tiktoken_encoding(model, ranks, pattern, self.special_tokens)
+        specials = {name: first + place for name, place in CL100K_SPECIALS.items()}
+        specials |= {name: first + 8 + place for place, name in enumerate(CODE_SPECIALS)}
+        self.engine = TiktokenEngine(model, ranks, pattern, specials)
+        self.vocab_size = -(-(self.engine.size + len(SYMBOLS)) // 8) * 8
 
     def _encode_batch(self, texts: Sequence[str], allow_special: bool) -> tuple[np.ndarray, np.ndarray]:
-        tokens, lengths = encode_texts(self.encoding, texts, allow_special)
+        tokens, lengths = self.engine.encode(texts, allow_special)
         return tokens + np.uint32(len(SYMBOLS)), lengths
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of these ids. The four symbols are nothing, as officially; ids without a token give U+FFFD."""
-        parts = []
-        for i in ids:
-            if i >= len(SYMBOLS):
-                try:
-                    parts.append(self.encoding.decode_single_token_bytes(i - len(SYMBOLS)))
-                except KeyError:
-                    parts.append(REPLACEMENT)
-        return b"".join(parts)
+        return b"".join(self.engine.bytes_of(i - len(SYMBOLS)) for i in ids if i >= len(SYMBOLS))
 
     def _fingerprint(self) -> Iterable[bytes]:
         yield b"YOCO's layout, version 1"
-        yield self.encoding._pat_str.encode()
-        yield format_ranks(self.encoding._mergeable_ranks)
+        yield from self.engine.fingerprint()
 
     def _save_model(self, folder: Path) -> tuple[str, dict[str, Any]]:
-        name = "ranks.tiktoken"
-        write_rank_file(folder / name, self.encoding._mergeable_ranks, self.encoding._pat_str, self.special_tokens)
+        name, engine = "ranks.tiktoken", self.engine
+        write_rank_file(folder / name, engine.ranks, engine.pattern, engine.special_tokens)
         return name, {}
