@@ -24,6 +24,7 @@ Source: YOCO, arXiv 2405.05254, sections 2 and 2.3 (the structure); the algorith
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ class Stage:
         """Whether anything stands before the cross layers."""
         return self.embed is not None or len(self.self_layers) > 0 or self.shared_kv is not None
 
+    def modules(self) -> list[nn.Module]:
+        """The blocks that are there."""
+        blocks = [self.embed, *self.self_layers, self.shared_kv, *self.cross_layers, self.head]
+        return [block for block in blocks if block is not None]
+
     def self_parameters(self) -> list[nn.Parameter]:
         """Parameters up to the shared keys and values."""
         return _parameters([self.embed, *self.self_layers, self.shared_kv])
@@ -96,7 +102,7 @@ class Stage:
 
     def parameters(self) -> list[nn.Parameter]:
         """All of them, each once."""
-        return _parameters([self.embed, *self.self_layers, self.shared_kv, *self.cross_layers, self.head])
+        return _parameters(self.modules())
 
 
 def banded_loss(
@@ -119,11 +125,11 @@ def banded_loss(
     """
     count = (targets != IGNORED).sum()
     if not torch.is_grad_enabled():
-        with _whole_parameters(stage.parameters()):
+        with _whole_parameters(stage):
             walk = _Walk(stage, bands, inputs, starts, shared)
             return walk.evaluate(targets), count
     key, value = (None, None) if shared is None else shared
-    with _whole_parameters(stage.parameters()):
+    with _whole_parameters(stage):
         loss: Tensor = _BandedLoss.apply(stage, bands, targets, starts, inputs, key, value, *stage.parameters())  # type: ignore[no-untyped-call]
     return loss, count
 
@@ -161,6 +167,7 @@ class _BandedLoss(torch.autograd.Function):
         shared = None if key is None or value is None else KeyValues(key, value)
         walk = _Walk(stage, bands, inputs, starts, shared)
         loss = walk.loss(targets)
+        ctx.stage = stage
         ctx.gradients = [walk.input_gradient, *walk.shared_gradient, *walk.parameter_gradients(parameters)]
         ctx.dtypes = [None if x is None else x.dtype for x in (inputs, key, value, *parameters)]
         return loss
@@ -171,6 +178,7 @@ class _BandedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of a banded loss were handed out already: backward runs once")
         gradients, ctx.gradients = ctx.gradients, None
+        _make_whole_until_the_end_of_backward(ctx.stage)
         scaled = []
         for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
             # scaled in the wide dtype, then rounded once
@@ -644,23 +652,45 @@ def _put(gradient: Tensor, rows: slice | Tensor, found: Tensor) -> None:
 
 
 @contextmanager
-def _whole_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Under ZeRO 3: all of them gathered once, and kept while modules come and go. Otherwise nothing."""
-    cut: list[Any] = [p for p in parameters if hasattr(p, "ds_id")]
-    if not cut:
+def _whole_parameters(stage: Stage) -> Iterator[None]:
+    """Under ZeRO 3: all parameters of the stage gathered once, and its modules free of DeepSpeed's hooks, which would
+    cut them again after each call and expect the same calls on every rank. Otherwise nothing."""
+    away = _gather_away(stage)
+    if away is None:
         yield
         return
-    import deepspeed
+    hooked = [module for root in stage.modules() for module in root.modules()]
+    hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in hooked]
+    try:
+        for module in hooked:
+            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for module, (before, after) in zip(hooked, hooks, strict=True):
+            module._forward_pre_hooks, module._forward_hooks = before, after
+        _cut_again(away)
 
-    with deepspeed.zero.GatheredParameters(cut):
-        for parameter in cut:
-            parameter.ds_active_sub_modules.add(_HOLDER)
-        try:
-            yield
-        finally:
-            for parameter in cut:
-                parameter.ds_active_sub_modules.discard(_HOLDER)
+
+def _make_whole_until_the_end_of_backward(stage: Stage) -> None:
+    """Under ZeRO 3 a parameter must be whole when autograd hands it a gradient."""
+    away = _gather_away(stage)
+    if away:
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _cut_again(away))  # type: ignore[attr-defined]
 
 
-_HOLDER = -1
-"""Stands among the sub-modules that use a parameter (their ids are not negative): DeepSpeed keeps what one uses."""
+def _gather_away(stage: Stage) -> list[Any] | None:
+    """Gathers the parameters that ZeRO 3 has cut; returns those, None without ZeRO 3. Collective."""
+    cut: list[Any] = [p for p in stage.parameters() if hasattr(p, "ds_id")]
+    if not cut:
+        return None
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    away = [p for p in cut if p.ds_status != ZeroParamStatus.AVAILABLE]
+    if away:
+        away[0].all_gather(param_list=away)
+    return away
+
+
+def _cut_again(away: list[Any]) -> None:
+    if away:
+        away[0].partition(param_list=away)
