@@ -43,6 +43,11 @@ class KeyValues(NamedTuple):
         return KeyValues(self.key[:, :count], self.value[:, :count])
 
     def last(self, count: int) -> KeyValues:
-        """The last `count` tokens, or all where there are fewer; a view."""
-        first = max(self.key.shape[1] - count, 0)
-        return KeyValues(self.key[:, first:], self.value[:, first:])
+        """The last `count` tokens, or all where there are fewer. Without gradient a copy where a view would keep more
+        than twice as many tokens alive: contexts are kept for long."""
+        tokens = self.key.shape[1]
+        first = max(tokens - count, 0)
+        kept = KeyValues(self.key[:, first:], self.value[:, first:])
+        if torch.is_grad_enabled() or tokens - first > first:
+            return kept
+        return KeyValues(kept.key.clone(), kept.value.clone())

@@ -14,6 +14,7 @@ from megayoco.ops.retention import (
     gated_retention,
     gated_retention_naive,
     gated_retention_recurrent,
+    retention_state,
 )
 
 NAMES = "y state log_decay dq dk dv dlog_decay dleft_state dleft_log_decay".split()
@@ -131,6 +132,36 @@ def test_fold_over_chunks_equals_one_pass(case):
     cuts = sorted({T // 3, T // 3 + 1, T // 2})  # the middle one makes a chunk of one token; T = 1: an empty one
     expected = run(gated_retention_naive, inputs, first_token=first_token)
     assert_same(run(folded(cuts), inputs, first_token=first_token, chunk=chunk), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_state_alone_equals_the_naive_form_from_an_empty_state(case, monkeypatch):
+    monkeypatch.setattr(retention, "GROUP_BYTES_CPU", 4096)  # slices of few tokens
+    B, T, H, K, V, starts = CASES[case]
+    _, k, v, log_decay, *_ = random_inputs(B, T, H, K, V)
+    first, results = first_tokens(starts, T), []
+    for naive in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (k, v, log_decay)]
+        if naive:
+            left = empty_state(B, H, K, value_dim=V, dtype=torch.float64)
+            _, right = gated_retention_naive(k, *leaves, left, first_token=first)
+        else:
+            right = retention_state(*leaves, first_token=first)
+        weight = torch.linspace(-1, 2, right.state.numel(), dtype=torch.float64).view_as(right.state)
+        loss = (right.state * weight).sum() + right.log_decay.masked_fill(right.log_decay.isinf(), 0).sum()
+        results.append([*right, *torch.autograd.grad(loss, leaves)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_state_alone_in_bf16_keeps_fp32_and_gives_gradients_in_bf16():
+    _, k, v, log_decay, *_ = random_inputs(2, 33, 2, 8, dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (k, v, log_decay)]
+    right = retention_state(*leaves)
+    assert right.state.dtype == torch.float32
+    assert [x.dtype for x in torch.autograd.grad(right.state.sum(), leaves)] == [x.dtype for x in leaves]
+    expected = gated_retention_naive(k, k, v, log_decay, empty_state(2, 2, 8))[1]
+    torch.testing.assert_close(right.state, expected.state, rtol=1e-5, atol=1e-5)
 
 
 def test_naive_form_equals_the_parallel_definition():
