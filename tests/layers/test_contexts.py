@@ -1,0 +1,168 @@
+"""Contexts are monoids, and a fold of a mixer over any split of a sequence is one pass: values and every gradient.
+
+Sequence parallelism, training in bands, prefill and decoding are all such folds; the drawn cases have documents, a
+context before the first token, chunks of one token, and windows longer and shorter than a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megayoco.config import ModelConfig
+from megayoco.layers.context import Positions
+from megayoco.layers.linear import Builder
+from megayoco.model.blocks import MIXERS, build_layer
+from megayoco.ops.key_values import KeyValues
+from megayoco.ops.retention import RetentionState, combine
+
+B, HEADS, DIM, WINDOW = 2, 2, 4, 4
+MODEL = ModelConfig(
+    dim=HEADS * DIM, layers=2, hidden_dim=4, heads=HEADS, vocab_size=4, self_mixer="window", window=WINDOW
+)
+KINDS = ("retention", "window", "full", "shared_kv")
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mixer(kind: str) -> Any:
+    builder = Builder(seed=1, dtype=torch.float64)
+    if kind == "shared_kv":
+        return build_layer(MODEL, MODEL.layer_pattern().index("shared_kv"), builder)
+    return MIXERS[kind](MODEL, "mixer", builder)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence, what precedes it, and how it is cut."""
+
+    before: int
+    """Tokens before it that the left context stands for."""
+    lengths: tuple[int, ...]
+    """Tokens of each chunk."""
+    borders: tuple[tuple[int, ...], ...] | None
+    """Where documents begin, per row, counted from the first token that the context stands for; None: one document."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    def starts(self) -> Tensor | None:
+        if self.borders is None:
+            return None
+        starts = torch.zeros(B, self.tokens, dtype=torch.int64)
+        for row, borders in zip(starts, self.borders, strict=True):
+            for border in sorted(borders):
+                row[max(border - self.before, 0) :] = border
+        return starts
+
+    def left(self, kind: str, seed: int) -> Any:
+        """A context of the tokens before, a leaf."""
+        if kind == "retention":
+            parts = [random(seed, B, HEADS, DIM, DIM), -random(seed + 1, B, HEADS).abs()]
+            return RetentionState(*(x.requires_grad_() for x in parts))
+        kept = min(self.before, WINDOW - 1) if kind == "window" else self.before
+        return KeyValues(*(random(seed + i, B, kept, HEADS, DIM).requires_grad_() for i in range(2)))
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> Sequence:
+    lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
+    before = draw(st.integers(0, 6))
+    border = st.integers(0, before + sum(lengths) - 1)
+    borders = draw(st.none() | st.tuples(*[st.lists(border, max_size=3).map(tuple)] * B))
+    return Sequence(before, tuple(lengths), borders)
+
+
+def fold(kind: str, module: Any, sequence: Sequence, lengths: tuple[int, ...]) -> list[Tensor]:
+    """Outputs, right context and every gradient of a fold over chunks of these lengths."""
+    x, starts = random(7, B, sequence.tokens, MODEL.dim).requires_grad_(), sequence.starts()
+    left = context = sequence.left(kind, 8)
+    outputs, first = [], 0
+    for length in lengths:
+        at = slice(first, first + length)
+        start = None if starts is None else starts[:, at]
+        positions = Positions.of_chunk(sequence.before + first, length, x.device, start)
+        y, context = module(x[:, at], positions, context)
+        outputs.append(y)
+        first += length
+    y = torch.cat(outputs, 1)
+    results = [y, *context]
+    # border-crossing decays are infinite: as values they must agree, and they have no gradient
+    loss = sum((random(20 + i, *r.shape) * r.masked_fill(r.isinf(), 0)).sum() for i, r in enumerate(results))
+    leaves = [x, *left, *module.parameters()]
+    return [*results, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fold_over_any_split_is_one_pass(kind: str) -> None:
+    module = mixer(kind)
+
+    @settings(max_examples=40, deadline=None)
+    @given(sequences())
+    def check(sequence: Sequence) -> None:
+        whole = fold(kind, module, sequence, (sequence.tokens,))
+        for got, expected in zip(fold(kind, module, sequence, sequence.lengths), whole, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+    check()
+
+
+def combine_any(a: Any, b: Any, window: int | None) -> Any:
+    if isinstance(a, RetentionState):
+        return combine(a, b)
+    both = a.combine(b)
+    return both if window is None else both.last(window - 1)
+
+
+@pytest.mark.parametrize(("kind", "window"), [("retention", None), ("full", None), ("window", 1), ("window", WINDOW)])
+def test_combine_is_associative_with_an_empty_element(kind: str, window: int | None) -> None:
+    empty = mixer(kind).empty_context(B, torch.float64, torch.device("cpu"))
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.integers(0, 5), min_size=3, max_size=5), st.sets(st.integers(0, 4)), st.data())
+    def check(lengths: list[int], borders: set[int], data: st.DataObject) -> None:
+        contexts: list[Any] = []
+        for i, length in enumerate(lengths):
+            if kind == "retention":
+                decay = -random(2 * i, B, HEADS).abs()
+                decay = torch.full_like(decay, -torch.inf) if i in borders else decay  # a document begins in this chunk
+                contexts.append(RetentionState(random(2 * i + 1, B, HEADS, DIM, DIM).requires_grad_(), decay))
+            else:
+                tokens = KeyValues(*(random(2 * i + j, B, length, HEADS, DIM).requires_grad_() for j in range(2)))
+                contexts.append(tokens if window is None else tokens.last(window - 1))
+        at = data.draw(st.integers(1, len(contexts) - 1))
+
+        def joined(parts: list[Any]) -> Any:
+            return reduce(lambda a, b: combine_any(a, b, window), parts)
+
+        expected = joined(contexts)
+        leaves = [x for context in contexts for x in context if x.requires_grad]
+        groupings = [
+            combine_any(joined(contexts[:at]), joined(contexts[at:]), window),
+            combine_any(contexts[0], joined(contexts[1:]), window),
+            combine_any(empty, expected, window),
+            combine_any(expected, empty, window),
+        ]
+        for got in groupings:
+            for pair in zip(with_gradients(got, leaves), with_gradients(expected, leaves), strict=True):
+                torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-13)
+
+    check()
+
+
+def with_gradients(context: Any, leaves: list[Tensor]) -> list[Tensor]:
+    weighted = [(random(50 + i, *x.shape) * x).sum() for i, x in enumerate(context) if x.requires_grad]
+    if not weighted:  # nothing remembered
+        return [*context, *map(torch.zeros_like, leaves)]
+    gradients = torch.autograd.grad(sum(weighted), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+    return [*context, *gradients]
