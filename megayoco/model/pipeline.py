@@ -11,6 +11,7 @@ Shapes: B batch, T tokens of this rank, D model dim, g key-value heads of this t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,13 @@ from megayoco.errors import UserError
 from megayoco.layers.context import KeyValues, Positions
 from megayoco.layers.linear import Builder
 from megayoco.layers.shared_kv import SharedKeyValues
-from megayoco.model.blocks import Head, build_embedding, build_layer, remark_tied_head, run_block
+from megayoco.model.bands import Bands, Stage, banded_loss, banded_stage
+from megayoco.model.blocks import Head, Layer, build_embedding, build_layer, remark_tied_head, run_block
 from megayoco.model.decoder import set_rope_theta
 from megayoco.model.flops import block_flops
 from megayoco.parallel.sequence import SequenceAxis
 from megayoco.parallel.topology import Topology, pipeline_topology
+from megayoco.traffic import TRAFFIC
 
 _START_COLUMNS = 4
 """Base-256 digits of a document start: each is exact in bf16, which holds integers to 256."""
@@ -65,11 +68,15 @@ class _Wire:
             assert flow.positions.start is not None
             digits = [flow.positions.start >> (8 * i) & 255 for i in range(_START_COLUMNS)]
             parts.append(torch.stack(digits, -1).to(flow.hidden.dtype))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        packed = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        TRAFFIC.message("pipeline/activations", packed)
+        return packed
 
     def unpack(self, packed: Tensor) -> _Flow:
         width = self.heads * self.head_dim if self.carries_shared else 0
         documents = _START_COLUMNS if self.carries_documents else 0
+        if packed.requires_grad:
+            TRAFFIC.message("pipeline/gradient", packed)
         hidden, key, value, digits = packed.split([self.dim, width, width, documents], -1)
         start = None
         if documents:
@@ -95,13 +102,18 @@ class _EmbedStage(nn.Module):
         super().__init__()
         self.embed_tokens = build_embedding(model, builder)
         self.sequence = builder.sequence
-        self.wire = _Wire(model, builder, 0, documents) if ends else None
+        self.wire_out = _Wire(model, builder, 0, documents) if ends else None
 
     def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> _Flow | Tensor:
-        tokens, *starts = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-        start = starts[0] if starts else None
+        tokens, start = self.split(inputs)
         flow = _Flow(self.embed_tokens(tokens), _positions(tokens, self.sequence, start))
-        return flow if self.wire is None else self.wire.pack(flow)
+        return flow if self.wire_out is None else self.wire_out.pack(flow)
+
+    @staticmethod
+    def split(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """Tokens, and document starts where they came along."""
+        tokens, *starts = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+        return tokens, starts[0] if starts else None
 
 
 class _LayerStage(nn.Module):
@@ -150,10 +162,10 @@ class _HeadStage(nn.Module):
     def __init__(self, model: ModelConfig, builder: Builder, documents: bool, starts: bool) -> None:
         super().__init__()
         self.head = Head(model, builder)
-        self.wire = _Wire(model, builder, len(model.layer_pattern()), documents) if starts else None
+        self.wire_in = _Wire(model, builder, len(model.layer_pattern()), documents) if starts else None
 
     def forward(self, inputs: _Flow | Tensor) -> Tensor:
-        flow = inputs if self.wire is None else self.wire.unpack(inputs)  # type: ignore[arg-type]
+        flow = inputs if self.wire_in is None else self.wire_in.unpack(inputs)  # type: ignore[arg-type]
         assert isinstance(flow, _Flow)
         return flow.hidden
 
@@ -177,6 +189,8 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
         documents: bool,
     ) -> None:
         self.config = model
+        self.recompute = activation_checkpointing
+        self.bands = Bands(1, builder.sequence)
         self.stage_borders = split_stages(model, topology.pipeline, sequence_length)
         specs = stage_specs(model, builder, self.stage_borders, activation_checkpointing, documents)
         super().__init__(layers=specs, topology=pipeline_topology(topology), loss_fn=self._loss)
@@ -189,9 +203,57 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
         """Changes the rotary base of every layer of this stage."""
         set_rope_theta(self, theta)
 
+    def set_bands(self, count: int, order: str = "fused") -> None:
+        """Cuts sequences into so many bands from now on (model/bands.py). Raises ValueError without shared keys and
+        values, which bands need."""
+        if count > 1 and self.config.pattern != "yoco":
+            raise ValueError(f"{count} bands for a model whose layers share no keys and values")
+        self.bands = replace(self.bands, count=count, order=order)
+
+    def forward(self, inputs: Any) -> Any:
+        """What DeepSpeed sends to the next stage; in bands, the last stage leaves all to `_loss`, which has the
+        targets."""
+        if self.bands.count == 1:
+            return super().forward(inputs)
+        blocks = self.forward_funcs
+        if isinstance(blocks[-1], _HeadStage):
+            return inputs
+        flow = self._received(inputs)
+        hidden, shared = banded_stage(self._stage(), self.bands, flow.hidden, flow.positions.start, flow.shared)
+        return blocks[-1].wire_out.pack(_Flow(hidden, flow.positions, shared))
+
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self.stage_borders
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def _stage(self) -> Stage:
+        first, last = self.forward_funcs[0], self.forward_funcs[-1]
+        own: list[Layer] = []
+        cross: list[Layer] = []
+        shared = None
+        for stage in self.forward_funcs:
+            if isinstance(stage, _LayerStage):
+                if isinstance(stage.block, SharedKeyValues):
+                    shared = stage.block
+                else:
+                    (cross if stage.is_cross else own).append(stage.block)
+        return Stage(
+            first.embed_tokens if isinstance(first, _EmbedStage) else None,
+            own,
+            shared,
+            cross,
+            last.head if isinstance(last, _HeadStage) else None,
+            recompute=self.recompute and self.training,
+        )
+
+    def _received(self, inputs: Any) -> _Flow:
+        """What a stage begins with; the hidden states of the first one are still tokens."""
+        first: Any = next(block for block in self.forward_funcs if isinstance(block, nn.Module))
+        if isinstance(first, _EmbedStage):
+            tokens, start = first.split(inputs)
+            return _Flow(tokens, _positions(tokens, self.bands.axis, start))
+        assert first.wire_in is not None
+        return first.wire_in.unpack(inputs)  # type: ignore[no-any-return]
 
     def _head(self) -> Head:
         return self.forward_funcs[-1].head  # type: ignore[no-any-return]
@@ -199,7 +261,12 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
     def _loss(self, hidden: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         """Labels: targets (B, T) int64 and the 0-d factor that turns the sum of losses into the engine's loss."""
         targets, scale = labels
-        loss_sum, _ = self._head()(hidden, targets)
+        if self.bands.count > 1:  # `hidden` is what the stage received
+            flow = self._received(hidden)
+            start = flow.positions.start
+            loss_sum, _ = banded_loss(self._stage(), self.bands, flow.hidden, targets, start, flow.shared)
+        else:
+            loss_sum, _ = self._head()(hidden, targets)
         return loss_sum * scale
 
 

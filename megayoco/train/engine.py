@@ -24,12 +24,13 @@ from megayoco.model.decoder import build_decoder
 from megayoco.model.pipeline import build_pipeline
 from megayoco.parallel.sequence import own_chunks
 from megayoco.parallel.topology import Topology
+from megayoco.traffic import TRAFFIC
 from megayoco.train.agreement import AgreedError
 from megayoco.train.optimizer import NormAndClip, build_optimizer, parameter_groups
 
 
 class StepResult(NamedTuple):
-    """What a step gave, equal on all ranks."""
+    """What a step gave, equal on all ranks but for the last entry."""
 
     loss: float
     """Mean loss per target of the global batch, before the update."""
@@ -37,6 +38,8 @@ class StepResult(NamedTuple):
     """2-norm of the whole gradient before clipping."""
     skipped: bool
     """fp16 only: the gradient overflowed, the update was left out and the loss scale lowered."""
+    bytes_sent: dict[str, int]
+    """What this rank sent, by group and purpose (megayoco/traffic.py); differs between ranks."""
 
 
 class Engine:
@@ -55,6 +58,7 @@ class Engine:
         self.topology, self.device = topology, device
         self._run = run
         self._pipelined = topology.pipeline > 1
+        self._bands = 1
         self._documents = any(run.phase_data(number).document_mask for number in range(len(run.phases)))
         config = engine_config(ds_config)
         # to DeepSpeed the ranks of a sequence are replicas like any others
@@ -101,6 +105,10 @@ class Engine:
             engine.micro_batch_size = phase.micro_batch_size
             engine.reset_activation_shape()
         self.module.set_rope_theta(self._run.phase_rope_theta(number))
+        bands = self._run.phase_bands(number)
+        assert bands != "auto"  # the session has chosen
+        self._bands = bands
+        self.module.set_bands(bands, self._run.parallel.band_order)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
         """Forward, backward and update over the micro-batches of this rank (none on middle stages). Collective.
@@ -110,6 +118,7 @@ class Engine:
         """
         for group in self.deepspeed.basic_optimizer.param_groups:
             group["lr"] = learning_rate
+        TRAFFIC.take()
         batches = [self._to_device(batch) for batch in micro_batches]
         total = self._global_targets(batches)
         with _overflow_ends_the_run():
@@ -121,7 +130,7 @@ class Engine:
         # one transfer from the device for both numbers
         values = torch.stack([loss.double(), torch.as_tensor(norm, device=loss.device).double()]).tolist()
         skipped = self._fp16 and bool(getattr(self.deepspeed.optimizer, "overflow", False))
-        return StepResult(values[0], values[1], skipped)
+        return StepResult(values[0], values[1], skipped, TRAFFIC.take())
 
     @torch.no_grad()
     def evaluate(self, batches: ValidationBatches) -> float:
@@ -171,7 +180,7 @@ class Engine:
 
     def _to_device(self, batch: MicroBatch) -> MicroBatch:
         """This rank's part of the sequences, on its device."""
-        axis = (self.topology.sequence_rank, self.topology.sequence, 1)
+        axis = (self.topology.sequence_rank, self.topology.sequence, self._bands)
         if self.topology.sequence > 1:
             batch = batch._replace(**{k: own_chunks(x, *axis) for k, x in batch._asdict().items() if x is not None})
         starts = batch.document_starts

@@ -29,6 +29,7 @@ class Case:
     pipeline: int = 1
     sequence: int = 1
     bands: int = 1
+    order: str = "fused"
     zero: int = 0
     micro_batch: int = 2
     checkpointing: bool = False
@@ -40,6 +41,7 @@ class Case:
         axes = (("t", self.tensor), ("p", self.pipeline), ("s", self.sequence), ("d", data), ("bands", self.bands))
         parts = [f"{name}{size}" for name, size in axes if size > 1]
         parts += [f"zero{self.zero}"] if self.dtype == torch.float32 else []
+        parts += [self.order] * (self.order != "fused")
         parts += [f"micro{self.micro_batch}"] + ["checkpointing"] * self.checkpointing
         return "-".join(parts)
 
@@ -110,6 +112,7 @@ def parallel_step(model: str, case: Case, batch: tuple[Tensor, ...]) -> tuple[fl
 def _run_plain(config: ModelConfig, case: Case, topology: Topology, micro_batches: list[Any], total: int) -> Any:
     """Without DeepSpeed, whose engine does not reduce float64 gradients."""
     decoder = build_decoder(config, topology, seed=SEED, dtype=case.dtype, activation_checkpointing=case.checkpointing)
+    decoder.set_bands(case.bands, case.order)
     loss = torch.zeros((), dtype=case.dtype)
     for micro_batch in micro_batches:
         part = decoder(*micro_batch)[0] / total
@@ -132,7 +135,8 @@ def _deepspeed_config(case: Case, accumulation: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": case.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": case.zero},
+        # small parameters are cut like large ones
+        "zero_optimization": {"stage": case.zero, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 1_000_000,
@@ -144,6 +148,7 @@ def _run_zero(config: ModelConfig, case: Case, topology: Topology, micro_batches
     from deepspeed.utils import safe_get_full_grad
 
     decoder = build_decoder(config, topology, seed=SEED, dtype=case.dtype, activation_checkpointing=case.checkpointing)
+    decoder.set_bands(case.bands, case.order)
     optimizer = torch.optim.AdamW(decoder.parameters())
     engine, *_ = deepspeed.initialize(
         model=decoder,
@@ -199,6 +204,7 @@ def _run_pipeline(config: ModelConfig, case: Case, topology: Topology, micro_bat
         sequence_length=micro_batches[0][0].shape[1] * case.sequence,
         documents=case.documents,
     )
+    module.set_bands(case.bands, case.order)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=torch.optim.AdamW(module.parameters()),

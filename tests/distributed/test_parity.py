@@ -41,6 +41,16 @@ SEQUENCE = [
     Case(world=4, sequence=2, pipeline=2, checkpointing=True),
 ]
 
+BANDS = [
+    Case(world=2, bands=4, order="split"),
+    Case(world=2, sequence=2, bands=4),
+    Case(world=4, sequence=4, bands=3, micro_batch=1, checkpointing=True),
+    Case(world=4, sequence=2, tensor=2, bands=4, micro_batch=8),
+    Case(world=4, sequence=2, tensor=2, bands=2, order="split", documents=False),
+    Case(world=4, sequence=2, pipeline=2, bands=4),
+    Case(world=4, pipeline=4, bands=3, micro_batch=1, checkpointing=True),
+]
+
 FP32 = [
     *(Case(world=2, zero=stage, dtype=torch.float32) for stage in (0, 1, 2, 3)),
     *(Case(world=2, zero=stage, dtype=torch.float32, micro_batch=4, checkpointing=True) for stage in (2, 3)),
@@ -53,6 +63,12 @@ FP32 = [
 SEQUENCE_FP32 = [
     *(Case(world=4, sequence=2, zero=stage, dtype=torch.float32) for stage in (1, 2, 3)),
     Case(world=4, sequence=2, pipeline=2, zero=1, dtype=torch.float32, micro_batch=4),
+]
+
+BANDS_FP32 = [
+    *(Case(world=4, sequence=2, bands=4, zero=stage, dtype=torch.float32) for stage in (1, 3)),
+    Case(world=2, bands=3, zero=3, dtype=torch.float32, micro_batch=4, checkpointing=True),
+    Case(world=4, sequence=2, pipeline=2, bands=4, zero=1, dtype=torch.float32),
 ]
 
 
@@ -85,6 +101,19 @@ def test_float64_of_a_shared_sequence_equals_one_process(workers: Workers, model
 @pytest.mark.parametrize("case", SEQUENCE_FP32, ids=str)
 @pytest.mark.parametrize("model", ["yoco-retention", "yoco-wide", "llama"])
 def test_fp32_of_a_shared_sequence_equals_one_process(workers: Workers, model: str, case: Case) -> None:
+    check(workers, model, case, loss_tolerance=1e-6, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("case", BANDS, ids=str)
+@pytest.mark.parametrize("model", ["yoco-retention", "yoco-window", "yoco-wide", "yoco-tied"])
+def test_float64_in_bands_equals_one_process(workers: Workers, model: str, case: Case) -> None:
+    """Chunks of 2 to 12 tokens, a row without targets, rows that run compacted."""
+    check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("case", BANDS_FP32, ids=str)
+@pytest.mark.parametrize("model", ["yoco-retention", "yoco-tied"])
+def test_fp32_in_bands_equals_one_process(workers: Workers, model: str, case: Case) -> None:
     check(workers, model, case, loss_tolerance=1e-6, tolerance=1e-5)
 
 
