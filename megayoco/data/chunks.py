@@ -128,7 +128,7 @@ def _read_text(source: Source, limit: int) -> bytes | Reason:
     parts, size = [], 0
     with ExitStack() as stack:
         try:
-            for block in unpacked(_open(source, stack)):
+            for block in unpacked(_open(source, stack), name=source.path):
                 parts.append(block)
                 size += len(block)
                 if size > limit:
@@ -150,7 +150,7 @@ def _read_lines(source: Source, start: Position, chunk_bytes: int, limit: int) -
             after = Position(number, offset, record)
             return Chunk(source.path, "line", first, lines, content, len(content or b""), after, share, problem)
 
-        blocks = unpacked(raw, offset, min(BLOCK_BYTES, chunk_bytes))
+        blocks = unpacked(raw, offset, min(BLOCK_BYTES, chunk_bytes), source.path)
         try:
             for size, content in cut_lines(blocks, chunk_bytes, limit):
                 if content is None:

@@ -109,7 +109,7 @@ def read_index(prefix: str) -> Index:
     ends = offsets + lengths.astype(np.int64) * dtype.itemsize
     consistent = D > 0 and documents[0] == 0 and documents[-1] == S and bool((np.diff(documents) >= 0).all())
     consistent = consistent and bool((lengths >= 0).all() and (offsets >= 0).all())
-    consistent = consistent and bool((ends[:-1] == offsets[1:]).all())
+    consistent = consistent and bool((offsets[:1] == 0).all() and (ends[:-1] == offsets[1:]).all())
     if not consistent:
         raise UserError(f"{idx} contradicts itself: lengths, offsets and documents do not fit together. {_REBUILD}")
     described, size = int(ends[-1]) if S else 0, os.path.getsize(data)
@@ -401,7 +401,9 @@ def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
 
 
 def make_folder_of(prefix: str) -> None:
-    """The folder that a prefix names. Raises UserError if it cannot be made."""
+    """The folder that a prefix names. Raises UserError if it cannot be made, or if the prefix is a folder's name."""
+    if not os.path.basename(prefix):
+        raise UserError(f"the output prefix {prefix!r} names a folder. Add the beginning of a file name to it.")
     try:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from megayoco.data.packed import Damaged, unpacked
+from megayoco.data.packed import SUFFIXES, Damaged, unpacked
 from megayoco.errors import UserError
 
 FORMATS = ("jsonl", "text", "parquet", "arrow")
 STDIN = "-"
-_PACKED = (".gz", ".zst", ".zstd")
 _JSON = (".jsonl", ".json", ".ndjson")
 _TEXT = (".txt", ".text", ".md", ".rst")
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -133,7 +132,7 @@ def _format(path: str, file: BinaryIO) -> str:
 def _suffix(path: str) -> str:
     """The ending that tells the format, in lower case, without that of the packer."""
     name, suffix = os.path.splitext(path.lower())
-    return os.path.splitext(name)[1] if suffix in _PACKED else suffix
+    return os.path.splitext(name)[1] if suffix in SUFFIXES else suffix
 
 
 def _add_folder(inputs: Inputs, folder: str, input_format: str) -> None:

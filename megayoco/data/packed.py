@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+SUFFIXES = (".gz", ".zst", ".zstd")
 BLOCK_BYTES = 1 << 18
 _PACKED_BYTES = 1 << 16  # small, because what a damaged block unpacked to is lost
 
@@ -13,10 +14,11 @@ class Damaged(Exception):
     """The data of a file end in a way that shows that something is missing or changed."""
 
 
-def unpacked(raw: BinaryIO, skip: int = 0, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+def unpacked(raw: BinaryIO, skip: int = 0, block_bytes: int = BLOCK_BYTES, name: str = "") -> Iterator[bytes]:
     """The content of a file, plain, gzip or zstd by its first bytes, from byte `skip` of the unpacked content on.
 
-    The blocks are of about block_bytes, those of zstd as large as its own.
+    The blocks are of about block_bytes, those of zstd as large as its own. A file without a byte whose `name` ends as
+    those of packed files do is damaged: no packer writes one.
 
     Raises:
         Damaged: after everything that could be read.
@@ -24,6 +26,8 @@ def unpacked(raw: BinaryIO, skip: int = 0, block_bytes: int = BLOCK_BYTES) -> It
     head = b""
     while len(head) < 4 and (more := raw.read(4 - len(head))):
         head += more
+    if not head and name.lower().endswith(SUFFIXES):
+        raise Damaged("the file holds no packed data")
     if head[:2] == GZIP:
         blocks = _gunzip(raw, head, block_bytes)
     elif head == ZSTD:

@@ -86,6 +86,7 @@ def preprocess(
             report(run.totals)
             if not run.complete:
                 _encode_all(run, sources, task, tokenizer, workers, chunk_bytes, report)
+                _check_unchanged(sources)
                 for key, count in run.totals.keys.items():
                     if not count.documents:
                         left_out = f" ({run.totals.skipped:,} records were skipped)" if run.totals.skipped else ""
@@ -95,6 +96,8 @@ def preprocess(
                         )
             folder = Path(output_prefix).parent
             run.publish({key: _meta(folder, sources, key, task, tokenizer, run.totals) for key in keys})
+        except _ChangedError:
+            raise
         except UserError as error:
             kept = f" {run.totals.records:,} documents are kept: --resume goes on." if run.kept else ""
             raise UserError(f"{error}{kept}") from error
@@ -132,6 +135,25 @@ def _encode_all(
             with suppress(UserError):  # the disk is full: what was recorded before is still good
                 run.record(now=True)
         raise
+
+
+class _ChangedError(UserError):
+    """The input changed under the run: what was encoded cannot be gone on with."""
+
+
+def _check_unchanged(sources: Sequence[Source]) -> None:
+    """Raise unless the files are what they were at the start: one that still grew would be cut anywhere."""
+    for source in sources:
+        if source.path == STDIN:
+            continue
+        try:
+            status = os.stat(source.path)
+        except OSError as error:
+            raise _ChangedError(f"{source.path} was removed while it was read ({error.strerror})") from error
+        if (status.st_size, status.st_mtime_ns) != (source.size, source.modified):
+            raise _ChangedError(
+                f"{source.path} changed while it was read. Wait until it is complete, and begin again with --overwrite."
+            )
 
 
 def _settings(sources: Sequence[Source], task: Task, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -76,6 +76,7 @@ BROKEN = {
     "floats": (lambda p: corrupt(p, "idx", 17, b"\x07"), "float32 numbers"),
     "unknown dtype": (lambda p: corrupt(p, "idx", 17, b"\x63"), "dtype code 99"),
     "wrong offset": (lambda p: corrupt(p, "idx", 34 + 16 + 8, b"\x05"), "contradicts itself"),
+    "wrong first offset": (lambda p: corrupt(p, "idx", 34 + 16, b"\x02"), "contradicts itself"),
     "wrong documents": (lambda p: corrupt(p, "idx", 34 + 48 + 32, b"\x03"), "contradicts itself"),
     "ids too large": (lambda p: corrupt(p, "bin", 50, b"\xff\xff"), "token id 65535, outside.*0..499"),
     "meta of another": (lambda p: Path(f"{p}.meta.json").write_text('{"bin_bytes": 5}'), "belongs to another dataset"),

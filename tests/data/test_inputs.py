@@ -143,6 +143,14 @@ def test_what_a_cut_file_still_holds_is_delivered_before_the_damage(tmp_path, ki
     assert found[-1] == ("a.jsonl.gz", len(found), f"the {kind} data are cut short after line {len(found) - 1}")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.ZST"])
+def test_an_empty_file_that_should_be_packed_is_damaged(tmp_path, name):
+    (tmp_path / name).touch()
+    found = texts_from(find_inputs([str(tmp_path / name)]).sources)
+    assert len(found) == 1
+    assert found[0][2].startswith("the file holds no packed data")
+
+
 def test_a_flipped_bit_in_packed_data_is_damage():
     packed = bytearray(gzip.compress(json_lines(TEXTS)))
     packed[len(packed) // 2] ^= 16

@@ -525,3 +525,29 @@ def test_the_state_on_disk_never_runs_ahead_of_the_files(expected, tmp_path, mon
     monkeypatch.setattr(partial, "_write_synced", check)
     preprocess(sources, str(tmp_path / "c"), TWO_KEYS, chunk_bytes=500)
     assert checked > 10
+
+
+@pytest.mark.parametrize("change", ["grows", "is rewritten", "is removed"])
+def test_an_input_that_changes_under_the_run_is_an_error(tmp_path, monkeypatch, change):
+    sources = write(tmp_path / "a.jsonl", *({"text": f"document {i}"} for i in range(50)))
+    monkeypatch.setattr(partial, "RECORD_BYTES", 0)
+
+    def alter(totals):
+        if totals.records == 50:
+            if change == "is removed":
+                os.remove(tmp_path / "a.jsonl")
+            else:
+                (tmp_path / "a.jsonl").write_bytes(b'{"text": "late"}\n' * (900 if change == "grows" else 1))
+
+    with pytest.raises(UserError, match=r"a\.jsonl (changed|was removed) while it was read") as caught:
+        preprocess(sources, str(tmp_path / "o"), BYTES, report=alter)
+    assert "--resume" not in str(caught.value)
+    assert not list(tmp_path.glob("o_*"))
+
+
+def test_a_folder_is_no_output_prefix(tmp_path):
+    sources = write(tmp_path / "a.jsonl", {"text": "x"})
+    for prefix in (f"{tmp_path}/new/", f"{tmp_path}/"):
+        with pytest.raises(UserError, match="names a folder"):
+            preprocess(sources, prefix, BYTES)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
