@@ -140,21 +140,19 @@ def sequence_order(index: Index, settings: OrderSettings) -> np.ndarray:
             whole, more = divmod(round(settings.long_document_weight * len(long)), len(long))
             copies[long] = whole + (Permutation(len(long), "long", *key).array() < more)
             numbers = np.repeat(numbers, copies)
+    numbers += first
     if settings.seed is not None and len(numbers):
-        numbers = numbers[Permutation(len(numbers), "sequences", *key).array()]
-    return numbers + first
+        return numbers[Permutation(len(numbers), "sequences", *key).array()]
+    return numbers
 
 
 def _build(folder: Path, prefix: str, settings: OrderSettings) -> None:
     index = read_index(prefix)
     order = sequence_order(index, settings)
-    places = np.empty((2, len(order)), np.int64)
-    places[0] = index.offsets[order] // index.dtype.itemsize
-    np.cumsum(index.lengths[order], dtype=np.int64, out=places[1])
     temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        np.save(temporary / "places.npy", places)
+        tokens = _write_places(temporary / "places.npy", index, order)
         described = {
             "prefix": prefix,
             "settings": dataclasses.asdict(settings),
@@ -162,7 +160,7 @@ def _build(folder: Path, prefix: str, settings: OrderSettings) -> None:
             "sequences": len(index.lengths),
             "documents": index.num_documents,
             "places": len(order),
-            "tokens": int(places[1, -1]) if len(order) else 0,
+            "tokens": tokens,
             "sample": _sample(temporary / "places.npy").hexdigest(),
         }
         write_text_atomically(temporary / "places.json", json.dumps(described, indent=2) + "\n")
@@ -173,6 +171,21 @@ def _build(folder: Path, prefix: str, settings: OrderSettings) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_places(path: Path, index: Index, order: np.ndarray, block: int = 1 << 20) -> int:
+    """Write the file of Places in blocks; returns the tokens of the epoch."""
+    P, tokens = len(order), 0
+    with open(path, "wb") as file:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (2, P)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for at in range(0, P, block):
+            file.write((index.offsets[order[at : at + block]] // index.dtype.itemsize).tobytes())
+        for at in range(0, P, block):
+            ends = tokens + np.cumsum(index.lengths[order[at : at + block]], dtype=np.int64)
+            file.write(ends.tobytes())
+            tokens = int(ends[-1])
+    return tokens
 
 
 def _open(folder: Path, prefix: str) -> Places | None:

@@ -137,7 +137,7 @@ def test_a_disk_that_takes_nothing_is_named(numbered, monkeypatch, cache):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(module, "_write_places", full)
     with pytest.raises(UserError, match=r"No space left on device\. Set data\.cache_dir"):
         open_places(prefix, WHOLE, cache)
     assert not list(cache.iterdir())

@@ -170,6 +170,28 @@ def test_ids_of_any_width_are_read(tmp_path):
         assert borders.tolist() == [12]
 
 
+def test_a_pair_of_megatron_is_read_as_megatron_reads_it(tmp_path):
+    """Documents of several sequences, an empty document and an empty sequence among them; written by its builder."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    prefix = str(tmp_path / "theirs")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    generator = np.random.default_rng(0)
+    for lengths in ([5], [3, 4], [], [12, 0, 1], [30]):
+        for length in lengths:
+            builder.add_item(torch.from_numpy(generator.integers(0, 100_000, length)))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    theirs = IndexedDataset(prefix)
+    sequences = [theirs[i].tolist() for i in range(len(theirs))]
+    places = open_places(prefix, OrderSettings((0.0, 1.0), 4), None)
+    tokens, borders = TokenStream(places, 100_000).read(0, places.num_tokens)
+    found = [part.tolist() for part in np.split(tokens, borders)]
+    assert sorted(found) == sorted(sequence for sequence in sequences if sequence)
+    assert found != [sequence for sequence in sequences if sequence]
+
+
 def test_an_id_outside_the_vocabulary_is_refused_where_it_is_read(stream):
     narrow = stream([30, 40, 20])
     narrow._vocab_size = 89
