@@ -2,8 +2,8 @@
 
     python benchmarks/loader.py [--documents 10000000] [--sequence-length 4096] [--samples 4000] [--output FILE]
 
-Two synthetic pairs hold the documents (log-normal lengths; the tokens are a hole in the file, so reading costs no disk),
-blended 0.7 to 0.3. Theirs is `BlendedMegatronDatasetBuilder` over `GPTDataset` for one epoch of samples, ours
+Two synthetic pairs hold the documents (log-normal lengths; the tokens are a hole in the file, so that reading costs no
+disk), blended 0.7 to 0.3. Theirs is `BlendedMegatronDatasetBuilder` over `GPTDataset` for one epoch of samples, ours
 `build_datasets` and `Batches`. Each is measured in a fresh process: seconds to build the indices, seconds to open them
 again from the cache, bytes of the cache, peak memory beyond that of the imports, and sequences per second from random
 places of the files, as in training, in a second pass over the same ones.

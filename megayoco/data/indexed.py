@@ -157,18 +157,7 @@ def check_prefix(prefix: str, vocab_size: int, *, sequence_length: int | None = 
         UserError: one line with the file and the remedy.
     """
     index = read_index(prefix)
-    meta = read_meta(prefix)
-    if meta is not None:
-        made_with = meta.get("tokenizer", {}).get("vocab_size", 0)
-        if made_with > vocab_size:
-            raise UserError(
-                f"{prefix} was made with a tokenizer of {made_with} ids, the model's vocabulary has {vocab_size}."
-                f" Set model.vocab_size to at least {made_with}, or rebuild the dataset with a smaller tokenizer."
-            )
-    low, high = _sampled_range(f"{prefix}.bin", index.dtype)
-    high = max(high, -1 if meta is None else int(meta.get("max_id", -1)))
-    if low < 0 or high >= vocab_size:
-        raise UserError(outside_vocabulary(prefix, low, high, vocab_size))
+    check_vocabulary(prefix, index.dtype, vocab_size)
     if sequence_length is not None and index.num_tokens < sequence_length + 1:
         raise UserError(
             f"{prefix} holds {index.num_tokens} tokens, fewer than one sample of {sequence_length} + 1. Prepare more"
