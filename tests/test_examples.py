@@ -23,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 RUNS = [
     ("pretrain_yoco_3b_8gpu.yaml", 8, "zero2_bf16.json"),
     ("pretrain_yoco_3b_64gpu.yaml", 64, "pipeline_zero1_bf16.json"),
+    ("extend_context_1m_8gpu.yaml", 8, "zero2_bf16.json"),
+    ("extend_context_1m_64gpu.yaml", 64, "zero2_bf16.json"),
+    ("long_context_cpu.yaml", 4, "cpu.json"),
     ("quickstart.yaml", 4, "cpu.json"),
 ]
 
@@ -44,7 +47,10 @@ def test_every_example_run_is_listed_here():
 
 @pytest.mark.parametrize(("name", "world", "ds_config"), RUNS)
 def test_example_builds_at_its_real_size(name, world, ds_config):
-    overrides = ["parallel.tensor=2", "parallel.pipeline=2"] if world == 4 else []
+    overrides = {
+        "quickstart.yaml": ["parallel.tensor=2", "parallel.pipeline=2"],
+        "long_context_cpu.yaml": ["parallel.sequence=4", "parallel.bands=4"],
+    }.get(name, [])
     run = load_config(ROOT / "examples" / name, overrides)
     data = run.parallel.data(world)
     load_deepspeed_config(ROOT / "ds_configs" / ds_config, run, data, torch.device("cuda"))
