@@ -92,16 +92,17 @@ def attention_backend(q: Tensor, window: int | None) -> str:
 
     Raises UserError if the one asked for cannot be had, or if a kernel disagrees with fp32 math.
     """
-    return _serving(q.device, q.dtype, q.shape[-1], window is not None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _serving(q.device, q.dtype, q.shape[-1], window is not None, deterministic)
 
 
 @cache
-def _serving(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> str:
+def _serving(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool, deterministic: bool) -> str:
     choice, on_gpu = requested_attention(device), device.type == "cuda"
     for name in _candidates(choice, on_gpu):
         if not on_gpu or name == "math":
             return name
-        if not _fits(name, device, dtype, head_dim, windowed):
+        if not _fits(name, device, dtype, head_dim, windowed) or (deterministic and name == "torch_cudnn"):
             continue
         if all(_passes_check(x, device, dtype, head_dim, windowed) for x in (name, *COMPANIONS.get(name, ()))):
             return name

@@ -67,6 +67,16 @@ def test_choice(monkeypatch, choice, world, q, window, expected):
     assert backends.attention_backend(q, window) == expected
 
 
+def test_deterministic_algorithms_rule_out_torchs_cudnn_kernel(monkeypatch):
+    fake(monkeypatch)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert backends.attention_backend(queries(), None) == FLASH
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert backends.attention_backend(queries(), None) == CUDNN
+
+
 @pytest.mark.parametrize(
     ("choice", "device", "message"),
     [
