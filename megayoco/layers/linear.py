@@ -27,6 +27,7 @@ from megayoco.parallel.collectives import sum_gradient
 from megayoco.parallel.sequence import SequenceAxis
 from megayoco.parallel.shards import Shard, column_shard, fill, mark, row_shard, whole
 from megayoco.parallel.topology import Topology
+from megayoco.traffic import TRAFFIC
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class KeyValueLinear(ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.ranks == 1:
             return F.linear(x, self.weight)
-        return super().forward(x, weight=sum_gradient(self.weight, self.replica_group))[0]
+        return super().forward(x, weight=sum_gradient(self.weight, self.replica_group, "tensor/weight_gradient"))[0]
 
 
 class RowLinear(RowParallelLinear):
@@ -195,7 +196,9 @@ class RowLinear(RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.ranks == 1:
             return F.linear(x, self.weight)
-        return super().forward(x)[0]
+        y: Tensor = super().forward(x)[0]
+        TRAFFIC.all_reduce("tensor/output", y, self.ranks)
+        return y
 
 
 class Embedding(VocabParallelEmbedding):
@@ -212,6 +215,7 @@ class Embedding(VocabParallelEmbedding):
             x = F.embedding(tokens, self.weight)
         else:
             x = super().forward(tokens)
+            TRAFFIC.all_reduce("tensor/output", x, self.ranks)
         return x if self.scale == 1.0 else x * self.scale
 
 

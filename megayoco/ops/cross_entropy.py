@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megayoco.traffic import TRAFFIC
+
 IGNORED = -100
 """Target of a token without loss."""
 
@@ -143,6 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss_part, dweight = _chunk(x_kept[part], weight, targets[part], group, rank_offset, dx_part, dweight)
             loss += loss_part
         if dx is not None and group is not None:
+            TRAFFIC.all_reduce("tensor/gradient", dx, group.size())
             dist.all_reduce(dx, group=group)
         if dx is not None and rows is not None:
             dx = torch.zeros_like(x, memory_format=torch.contiguous_format).index_copy_(0, rows, dx)
@@ -183,11 +186,13 @@ def _chunk(
     column = column.clamp(0, weight.shape[0] - 1)[:, None]
     maximum = logits.amax(-1)
     if group is not None:
+        TRAFFIC.all_reduce("tensor/loss", maximum, group.size())
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
     target = logits.gather(1, column).squeeze(1).masked_fill_(~mine, 0)
     logits.sub_(maximum[:, None]).exp_()
     sums = torch.stack([logits.sum(-1), target])
     if group is not None:
+        TRAFFIC.all_reduce("tensor/loss", sums, group.size())
         dist.all_reduce(sums, group=group)
     total, target = sums
     loss = (total.log() + maximum - target).masked_fill(~has_loss, 0).sum()

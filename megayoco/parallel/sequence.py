@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from megayoco.ops.key_values import KeyValues
 from megayoco.ops.retention import RetentionState, combine
 from megayoco.parallel.topology import Topology
-from megayoco.parallel.traffic import TRAFFIC
+from megayoco.traffic import TRAFFIC
 
 
 @dataclass(frozen=True)

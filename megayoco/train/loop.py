@@ -111,6 +111,8 @@ class Trainer:
             **clock.rates(self._session.peak),
             "peak_memory_bytes": peak_memory_bytes(self._session.device),
         }
+        if result.bytes_sent:
+            values["bytes_sent"] = result.bytes_sent
         if result.skipped:
             values["skipped"] = True
         self._report.record(values)
@@ -120,6 +122,7 @@ class Trainer:
             self._report.line(step_line(shown, self._timeline.total_steps))
             names = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "peak_memory_bytes", "overhead")
             self._report.scalars(step, {f"train/{name}": shown[name] for name in names})
+            self._report.scalars(step, {f"bytes_sent/{name}": count for name, count in result.bytes_sent.items()})
             self._clock.reset()
 
     def _after_step(self, step: int, phase: int) -> None:

@@ -75,6 +75,17 @@ LAYOUTS = {
 }
 
 
+# what the first of 4 ranks sends in one step of 2 micro-batches of 4 sequences, chunks of 8 tokens, in fp32
+NUMBERS = 2 * 4 * 8 * 4
+BYTES = {
+    ("yoco-window", Layout(4, sequence=4, micro_batch=4)): {
+        "sequence/halo": NUMBERS * 2 * 2 * 32,  # keys and values of 2 layers, to the next rank
+        "sequence/shared_kv": NUMBERS * 3 * 2 * 16,  # once for both cross layers, to 3 ranks
+        "sequence/shared_kv_gradient": NUMBERS * 3 * 2 * 16,
+    }
+}
+
+
 def train(config: str, ds_config: str) -> None:
     """One rank of `python -m megayoco.train`."""
     from megayoco.parallel.launch import choose_device, read_launch
@@ -164,6 +175,8 @@ def test_ten_steps_equal_one_process(
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5), got["step"]
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), got["step"]
         assert expected["grad_norm"] > 0.5  # clipping was at work
+    if (model, layout) in BYTES:
+        assert steps[0]["bytes_sent"] == steps[-1]["bytes_sent"] == BYTES[model, layout]
     validation = [line["validation_loss"] for line in metrics if "validation_loss" in line]
     expected_validation = [line["validation_loss"] for line in expected_metrics if "validation_loss" in line]
     assert len(validation) == 1

@@ -14,7 +14,7 @@ from megayoco.ops.key_values import KeyValues
 from megayoco.ops.retention import RetentionState, combine, empty_state
 from megayoco.parallel.sequence import SequenceAxis, own_chunks
 from megayoco.parallel.topology import build_topology
-from megayoco.parallel.traffic import TRAFFIC
+from megayoco.traffic import TRAFFIC
 from tests.workers import Workers
 
 B, HEADS, DIM = 2, 2, 3

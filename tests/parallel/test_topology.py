@@ -65,8 +65,7 @@ def test_neighbours_share_a_key_value_head(rank, expected):
         (6, {"tensor": 4}, r"6 processes .* 4"),
         (8, {"tensor": 8, "pipeline": 3}, r"8 processes .* 24"),
         (3, {"tensor": 3}, r"heads"),
-        (2, {"sequence": 2}, r"sequence"),
-        (1, {"bands": 2}, r"bands"),
+        (6, {"sequence": 4}, r"6 processes .* sequence 4 .* 4"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(world, sizes, message):
@@ -76,7 +75,22 @@ def test_sizes_that_do_not_divide_are_refused(world, sizes, message):
 
 def test_every_layout_of_eight_agrees_with_both_libraries():
     """build_topology compares its coordinates with megatron-core's and DeepSpeed's on every rank."""
-    for sizes in ({"tensor": 8}, {"pipeline": 8}, {"tensor": 2, "pipeline": 4}, {"tensor": 4, "pipeline": 2}, {}):
+    layouts: list[dict[str, int]] = [{"tensor": 8}, {"pipeline": 8}, {"tensor": 2, "pipeline": 4}, {}]
+    layouts += [{"tensor": 4, "pipeline": 2}, {"sequence": 8}, {"sequence": 2, "tensor": 2, "pipeline": 2}]
+    for sizes in layouts:
         for rank in range(8):
             with fake_rank(rank, 8, **sizes) as topology:
                 assert topology.rank == rank
+
+
+def test_ranks_of_a_sequence_lie_between_tensor_and_data():
+    with fake_rank(6, 16, tensor=2, sequence=2, pipeline=2) as topology:
+        assert (topology.tensor_rank, topology.sequence_rank, topology.data_rank, topology.pipeline_rank) == (
+            0,
+            1,
+            1,
+            0,
+        )
+        assert dist.get_process_group_ranks(topology.sequence_group) == [4, 6]
+        assert dist.get_process_group_ranks(topology.data_group) == [2, 6]
+        assert dist.get_process_group_ranks(topology.gradient_group) == [0, 2, 4, 6]

@@ -2,8 +2,16 @@
 
 A collective counts as what the usual algorithms put on the wire of one rank: an all-gather of n bytes per rank over P
 ranks n (P - 1), a reduce-scatter to n bytes per rank the same, an all-reduce of n bytes 2 n (P - 1) / P, a message
-its size. What DeepSpeed and megatron-core send on their own (gradients over the data axis, ZeRO's parameters) is
-counted where its size is known here; the entries are named in docs/long_context.md.
+its size. Counted is what the model needs to run over several ranks, that is everything on the tensor, sequence and
+pipeline axes; gradients and parameters over the data axis are DeepSpeed's own and are not.
+
+    sequence/halo, sequence/state               what mixers of the self-decoder ask of the ranks to the left
+    sequence/shared_kv, sequence/kv             keys and values: the shared ones, those of a full-attention layer
+    sequence/..._gradient                       the same, backward
+    tensor/output, tensor/gradient              sums of a layer's outputs and of its input's gradient
+    tensor/loss, tensor/logits                  the head over a cut vocabulary
+    tensor/weight_gradient                      weights of key-value heads that several ranks hold
+    pipeline/activations, pipeline/gradient     what goes to the next stage and comes back
 """
 
 from __future__ import annotations
