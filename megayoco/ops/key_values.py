@@ -43,11 +43,11 @@ class KeyValues(NamedTuple):
         return KeyValues(self.key[:, :count], self.value[:, :count])
 
     def last(self, count: int) -> KeyValues:
-        """The last `count` tokens, or all where there are fewer. Without gradient a copy where a view would keep more
-        than twice as many tokens alive: contexts are kept for long."""
+        """The last `count` tokens, or all where there are fewer. A copy where a view would keep more than twice as many
+        tokens alive: contexts are kept for long."""
         tokens = self.key.shape[1]
         first = max(tokens - count, 0)
         kept = KeyValues(self.key[:, first:], self.value[:, first:])
-        if torch.is_grad_enabled() or tokens - first > first:
+        if tokens - first > first:
             return kept
         return KeyValues(kept.key.clone(), kept.value.clone())
