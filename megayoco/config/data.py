@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
-from megayoco.config.base import SECTION, NonNegativeFloat, PositiveFloat, refuse
+from megayoco.config.base import SECTION, PositiveFloat, refuse
 
 GRAMMAR = (
     "must be a dataset prefix, a list of prefixes, a list of weight, prefix, weight, prefix, ...,"
@@ -27,6 +27,7 @@ class DataSource:
     then each has its number of tokens."""
 
 
+Repeats = Annotated[float, Field(ge=0, le=1000)]
 Blend = str | list[str | float | DataSource]
 
 
@@ -79,7 +80,7 @@ class DataConfig:
     """Where `train` gives no weights: the weight of a dataset is its number of tokens to the power 1 / temperature. 1
     reads every token equally often; above 1, small datasets are read more often than large ones."""
 
-    long_document_weight: NonNegativeFloat = 1.0
+    long_document_weight: Repeats = 1.0
     """How often an epoch holds a document of more tokens than the sequence length, shorter ones standing in it once.
     2.5: twice, and half of them, chosen by the seed, a third time. Training data only."""
 
@@ -132,7 +133,7 @@ class PhaseDataConfig:
     temperature: PositiveFloat | None = None
     """Exponent of this phase's weights, as in `data.temperature`."""
 
-    long_document_weight: NonNegativeFloat | None = None
+    long_document_weight: Repeats | None = None
     """How often this phase reads documents longer than its sequence length, as in `data.long_document_weight`."""
 
     document_mask: bool | None = None

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 Section = TypeVar("Section")
 _FILES = (".yaml", ".yml", ".json", ".txt")
 _PARTS = ("train", "valid", "test")
+_WHOLE = ""  # stands for the part of a file without parts, which is a list for whoever names it
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,14 @@ def expand_blend_files(data: Section, key: str) -> Section:
     changes: dict[str, Any] = {}
     if is_blend_file(values.train):
         parts = _read_blend_file(values.train, f"{key}.train")
-        if not parts.get("train"):
+        changes["train"] = parts.get(_WHOLE, parts.get("train"))
+        if not changes["train"]:
             raise UserError(f"{key}.train: {values.train} names no datasets to train on. Add a list `train`.")
-        changes["train"] = parts["train"]
         if values.valid is None and "valid" in parts:
             changes.update({"valid": parts["valid"]} if parts["valid"] else {"split": "1,0,0"})
     if is_blend_file(values.valid):
         parts = _read_blend_file(values.valid, f"{key}.valid")
-        # a file without parts is a list for whoever names it
-        changes["valid"] = parts.get("valid") if len(parts) > 1 or "train" not in parts else parts["train"]
+        changes["valid"] = parts.get(_WHOLE, parts.get("valid"))
         if not changes["valid"]:
             raise UserError(f"{key}.valid: {values.valid} names no datasets to validate on. Add a list `valid`.")
     return dataclasses.replace(values, **changes)  # type: ignore[no-any-return]
@@ -145,11 +145,11 @@ def _from_entry(item: Any, key: str) -> Source:
 
 
 def _read_blend_file(path: str, key: str) -> dict[str, list[dict[str, Any]]]:
-    """The lists of a blend file, as entries of prefix and weight: of each part, or one under `train`."""
+    """The lists of a blend file, as entries of prefix and weight: of each part, or one that has no parts."""
     content = _parsed(path, key)
     where = f"{key}, {path}"
     if not isinstance(content, dict):
-        content = {"train": content}
+        content = {_WHOLE: content}
     elif unknown := [name for name in content if name not in _PARTS]:
         raise UserError(f"{where}: unknown part {unknown[0]!r}. The parts of a blend file are {', '.join(_PARTS)}.")
     parts = {}

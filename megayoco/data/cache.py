@@ -151,6 +151,7 @@ def _build(folder: Path, prefix: str, settings: OrderSettings) -> None:
     order = sequence_order(index, settings)
     temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
         temporary.mkdir(parents=True)
         tokens = _write_places(temporary / "places.npy", index, order)
         described = {
@@ -249,12 +250,12 @@ def _sample(path: str | os.PathLike[str], extra: Sequence[int] = (), *, blocks: 
 
 
 def _remove_remains(folder: Path, alone: bool) -> None:
-    """Remove what is damaged and, where no other process can be writing it, what killed runs have left."""
+    """Remove what is damaged and, where no other process of this node builds, what its killed runs have left."""
     if folder.exists():
         log.warning("the order of samples in %s is damaged; building it anew", folder)
         shutil.rmtree(folder)
     if alone:
-        for left in folder.parent.glob(f"{folder.name}.tmp-*"):
+        for left in folder.parent.glob(f"{folder.name}.tmp-{socket.gethostname()}-*"):
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Protocol, TypedDict
 
@@ -63,10 +64,11 @@ class TokenStream:
         self._places, self._vocab_size = places, vocab_size
         self._path = f"{places.prefix}.bin"
         try:
-            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115 (closed with the stream)
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             remedy = "Raise the limit of open files (ulimit -n)." if error.errno == errno.EMFILE else "Check the path."
             raise UserError(f"{self._path} cannot be opened: {error.strerror}. {remedy}") from error
+        weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """`count` tokens from token `start` of the stream, 0 <= start < num_tokens.
@@ -98,10 +100,9 @@ class TokenStream:
         lengths = np.diff(borders, append=start + count)
         places = self._places.starts[first : last + 1].copy()
         places[0] += start - (int(ends[first - 1]) if first else 0)
-        descriptor = self._file.fileno()
         for place, length in zip((places * size).tolist(), (lengths * size).tolist(), strict=True):
             try:
-                piece = os.pread(descriptor, length, place)
+                piece = os.pread(self._descriptor, length, place)
             except OSError as error:
                 raise UserError(f"{self._path} cannot be read at byte {place}: {error.strerror}.") from error
             if len(piece) < length:

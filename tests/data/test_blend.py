@@ -111,6 +111,9 @@ def test_a_file_for_validation_gives_its_part_or_its_list(tmp_path):
     for name in ("split.yaml", "list.yaml"):
         data = expand_blend_files(DataConfig(train="a", valid=str(tmp_path / name)), "data")
         assert (data.train, words(data.valid)) == ("a", [("v", None), ("w", None)])
+    (tmp_path / "train.yaml").write_text("train: [a]\n")
+    with pytest.raises(UserError, match="names no datasets to validate on"):
+        expand_blend_files(DataConfig(train="a", valid=str(tmp_path / "train.yaml")), "data")
     phase = expand_blend_files(PhaseDataConfig(train=str(tmp_path / "split.yaml")), "phases.0.data")
     assert (words(phase.train), words(phase.valid)) == ([("a", None)], [("v", None), ("w", None)])
 
