@@ -195,6 +195,8 @@ BF16 = [  # the last entry: what gradients of the micro-batches are summed in
     ("yoco-window", Layout(4, tensor=2, pipeline=2, zero=1), "fp32"),
     ("yoco-tied", Layout(2, pipeline=2, zero=1), "fp32"),
     ("yoco-retention", Layout(4, tensor=2, zero=1), "bf16"),
+    ("yoco-retention", Layout(4, sequence=4, zero=2), "fp32"),
+    ("yoco-window", Layout(2, sequence=2, zero=1), "bf16"),
     ("yoco-window", Layout(4, tensor=2, pipeline=2, zero=1), "bf16"),
 ]
 
