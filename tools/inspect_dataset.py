@@ -157,13 +157,13 @@ def histogram(lengths: Lengths, unit: str) -> Table:
         column.justify, column.no_wrap = "right", True
     sequences, tokens = (sum(getattr(b, name) for b in lengths.bins) for name in ("sequences", "tokens"))
     largest = max(b.sequences for b in lengths.bins)
-    for one in lengths.bins:
+    for one in filter(lambda one: one.sequences, lengths.bins):
         table.add_row(
             f"{one.low:,}" if one.low == one.high else f"{one.low:,}-{one.high:,}",
             f"{one.sequences:,}",
             f"{one.sequences / sequences:.1%}",
             f"{one.tokens / max(tokens, 1):.1%}",
-            "█" * round(24 * one.sequences / largest) or ("▏" if one.sequences else ""),
+            "█" * round(24 * one.sequences / largest) or "▏",
         )
     return table
 

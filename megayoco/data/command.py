@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -20,19 +21,23 @@ class Terminated(KeyboardInterrupt):
 def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
     """Run a tool's main; returns the exit code: 0, 2 with one line on stderr for a user's mistake, 130 for Ctrl-C.
 
-    SIGTERM ends a tool like Ctrl-C, so that it can clean up, with exit code 143.
+    SIGTERM ends a tool like Ctrl-C, so that it can clean up, with exit code 143; a closed pipe behind it is 141.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("megayoco").setLevel(logging.INFO)
     try:
         with _termination():
             main(sys.argv[1:] if arguments is None else arguments)
+            sys.stdout.flush()  # a closed pipe shows here
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(": ".join(filter(None, ("error: interrupted", str(error)))), file=sys.stderr)
         return 143 if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated) else 130
+    except BrokenPipeError:  # the reader of stdout, such as head, has seen enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 

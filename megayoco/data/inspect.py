@@ -17,7 +17,7 @@ from megayoco.data.pair import BLOCK, Pair, find_damage, open_pair
 from megayoco.data.tokenizer import Tokenizer, build_described
 from megayoco.errors import UserError
 
-SAMPLED_DOCUMENTS = 256
+SAMPLED_PLACES = 256
 SAMPLED_TOKENS = 4096
 
 
@@ -91,7 +91,7 @@ def inspect_pair(
     """Look at a pair. Damage does not raise, it is what the summary says.
 
     Args:
-        check: read every token, instead of SAMPLED_TOKENS from each of SAMPLED_DOCUMENTS places. The index is read
+        check: read every token, instead of SAMPLED_TOKENS in each of SAMPLED_PLACES. The index is read
             as a whole in either case.
         tokenizer: for the text of samples and the end of document; without it, the one that the meta file names.
         vocab_size: ids must be below it; without it, the tokenizer's.
@@ -204,7 +204,8 @@ def scan(
         for at in range(start, end, block):
             tokens = pair.tokens(at, min(block, end - at))
             inside = closing[slice(*np.searchsorted(closing, [at, at + len(tokens)]))]
-            place = found.look_at(tokens, tokens[inside - at])
+            place = found.look_at(tokens)
+            found.look_at_ends(tokens[inside - at])
             if place is not None:
                 sequence = first + int(np.searchsorted(borders, at + place, side="right"))
                 found.first_outside = f"token {at + place:,}, in sequence {sequence:,}"
@@ -214,23 +215,26 @@ def scan(
 
 
 def sample(pair: Pair, *, eod: int | None, vocab_size: int | None) -> Content:
-    """Look at the tokens from the beginnings of documents that are spread evenly over the pair, and at their ends."""
+    """Look at tokens in places that are spread evenly over the pair, and at the ends of as many documents."""
     found = _Found(eod, vocab_size)
-    count, seen = min(SAMPLED_DOCUMENTS, pair.num_documents), 0
-    for number in np.linspace(0, pair.num_documents - 1, count).astype(np.int64).tolist():
+    seen = 0
+    for place in _spread(pair.num_tokens - SAMPLED_TOKENS):
+        start, seen = max(place, seen), min(place + SAMPLED_TOKENS, pair.num_tokens)
+        outside = found.look_at(pair.tokens(start, seen - start))
+        if outside is not None:
+            found.first_outside = f"token {start + outside:,}"
+    for number in _spread(pair.num_documents - 1) if pair.num_documents else ():
         first, after = pair.number("documents", number), pair.number("documents", number + 1)
-        if first == after:
-            continue
-        start = pair.number("offsets", first) // pair.dtype.itemsize
-        end = pair.number("offsets", after - 1) // pair.dtype.itemsize + pair.number("lengths", after - 1)
-        if start == end:
-            continue
-        start = max(start, seen)  # what is read may go on into the documents after this one
-        seen = min(start + SAMPLED_TOKENS, pair.num_tokens)
-        place = found.look_at(pair.tokens(start, seen - start), pair.tokens(end - 1, 1))
-        if place is not None:
-            found.first_outside = f"token {start + place:,}"
+        if first < after and (length := pair.number("lengths", after - 1)):
+            end = pair.number("offsets", after - 1) // pair.dtype.itemsize + length
+            found.look_at_ends(pair.tokens(end - 1, 1))
     return found.content(whole=False)
+
+
+def _spread(last: int) -> list[int]:
+    """At most SAMPLED_PLACES different numbers from 0 to `last`, evenly spread, in ascending order."""
+    last = max(last, 0)
+    return np.linspace(0, last, min(SAMPLED_PLACES, last + 1)).astype(np.int64).tolist()
 
 
 class _Found:
@@ -242,11 +246,14 @@ class _Found:
         self.high, self.tokens, self.outside, self.ends, self.eods = -1, 0, 0, 0, 0
         self.first_outside: str | None = None
 
-    def look_at(self, tokens: np.ndarray, closing: np.ndarray) -> int | None:
-        """Note tokens (n,) and last tokens of documents; returns the place of the first id ever outside."""
-        self.ends += len(closing)
+    def look_at_ends(self, tokens: np.ndarray) -> None:
+        """Note last tokens (n,) of documents."""
+        self.ends += len(tokens)
         if self.eod is not None:
-            self.eods += int((closing == self.eod).sum())
+            self.eods += int((tokens == self.eod).sum())
+
+    def look_at(self, tokens: np.ndarray) -> int | None:
+        """Note tokens (n,); returns the place of the first id outside that was ever seen, if it is among them."""
         if not len(tokens):
             return None
         low, high = int(tokens.min()), int(tokens.max())

@@ -95,7 +95,9 @@ def test_a_scan_finds_what_there_is_whatever_the_blocks(documents, block, tmp_pa
         sequences = [sequence for document in documents for sequence in document]
         owner = next(n for n in range(len(sequences)) if sum(map(len, sequences[: n + 1])) > place)
         assert found.first_outside == f"token {place:,}, in sequence {owner:,}"
-    assert inspect.sample(pair, eod=2, vocab_size=4).tokens <= len(flat)
+    sampled = inspect.sample(pair, eod=2, vocab_size=4)  # of so few, all
+    for name in ("tokens", "low", "high", "outside", "ends", "ends_with_eod"):
+        assert getattr(sampled, name) == getattr(found, name), name
 
 
 @pytest.mark.parametrize("check", [[], ["--check"]])
@@ -279,3 +281,11 @@ def test_help_and_unknown_flags(tool, capsys):
         with pytest.raises(SystemExit) as caught:
             load_tool(tool).main(arguments)
         assert caught.value.code == code
+
+
+def test_a_reader_that_goes_away_costs_no_traceback(prefix):
+    command = [sys.executable, "tools/inspect_dataset.py", prefix, "--json"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
