@@ -98,10 +98,12 @@ def attention_backend(q: Tensor, window: int | None) -> str:
 
 @cache
 def _serving(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool, deterministic: bool) -> str:
-    choice, on_gpu = requested_attention(device), device.type == "cuda"
-    for name in _candidates(choice, on_gpu):
-        if not on_gpu or name == "math":
-            return name
+    choice = requested_attention(device)
+    if device.type != "cuda":
+        return _candidates(choice, False)[0] if device.type == "cpu" else "math"
+    for name in _candidates(choice, True):
+        if name == "math":
+            break
         if not _fits(name, device, dtype, head_dim, windowed) or (deterministic and name == "torch_cudnn"):
             continue
         if all(_passes_check(x, device, dtype, head_dim, windowed) for x in (name, *COMPANIONS.get(name, ()))):

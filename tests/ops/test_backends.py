@@ -39,6 +39,7 @@ def queries(device="cuda", dtype=torch.bfloat16, head_dim=64):
     [
         ("auto", {}, queries("cpu", torch.float32), None, "cpu_flash"),
         ("math", {}, queries("cpu", torch.float32), None, "math"),
+        ("auto", {}, queries("meta"), None, "math"),
         ("auto", {}, queries(), None, CUDNN),
         ("auto", {}, queries(), 9, FLASH),
         ("auto", {}, queries(head_dim=256), None, FLASH),
