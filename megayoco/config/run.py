@@ -87,6 +87,9 @@ class PhaseConfig:
     rope_theta: PositiveFloat | None = None
     """Base of the rotary embedding from this phase on. Default: `model.rope_theta`."""
 
+    optimizer_state: Literal["carry", "reset"] = "carry"
+    """What becomes of AdamW's running means at the start of the phase: carried over, or set to zero."""
+
     bands: PositiveInt | Literal["auto"] | None = None
     """`parallel.bands` of this phase where it differs."""
 

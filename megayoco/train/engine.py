@@ -26,7 +26,7 @@ from megayoco.parallel.sequence import own_chunks
 from megayoco.parallel.topology import Topology
 from megayoco.traffic import TRAFFIC
 from megayoco.train.agreement import AgreedError
-from megayoco.train.optimizer import NormAndClip, build_optimizer, parameter_groups
+from megayoco.train.optimizer import NormAndClip, build_optimizer, parameter_groups, reset_state
 
 
 class StepResult(NamedTuple):
@@ -109,6 +109,10 @@ class Engine:
         assert bands != "auto"  # the session has chosen
         self._bands = bands
         self.module.set_bands(bands, self._run.parallel.band_order)
+
+    def reset_optimizer(self) -> None:
+        """Forget the running means of the optimizer, as a phase may ask for."""
+        reset_state(self.deepspeed.basic_optimizer)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
         """Forward, backward and update over the micro-batches of this rank (none on middle stages). Collective.

@@ -57,12 +57,17 @@ class Trainer:
         session, engine = self._session, self._session.engine
         start = self._timeline.position(step)
         phase = self._run.phases[start.phase]
+        bands = self._run.phase_bands(start.phase)
         batches = session.batches(start.phase, start.consumed_samples)
         engine.begin_phase(start.phase)
+        if step and start.phase_step == 0 and phase.optimizer_state == "reset":
+            engine.reset_optimizer()
+            self._report.line(f"phase {phase_label(self._run.phases, start.phase)}: the optimizer starts afresh")
         self._report.line(
             f"phase {phase_label(self._run.phases, start.phase)}: "
             f"steps {step + 1} to {step + phase.num_steps - start.phase_step}, "
             f"{phase.batch_size} sequences of {phase.sequence_length} tokens"
+            + (f" in {bands} bands ({self._run.parallel.band_order})" if bands != 1 else "")
         )
         flops = model_flops_per_step(self._run.model, phase.sequence_length, phase.batch_size)
         total_flops = IntervalClock()

@@ -95,3 +95,17 @@ class NormAndClip:
         self.norm = square.sqrt()
         if self._maximum > 0:
             torch._foreach_mul_(gradients, (self._maximum / (self.norm + 1e-6)).clamp(max=1.0))
+
+
+@torch.no_grad()
+def reset_state(optimizer: torch.optim.Optimizer) -> None:
+    """Forget the running means of Adam, in place: sharded or flattened, they are set to zero where they lie."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif name == "step":
+                state[name] = 0
+    for group in optimizer.param_groups:
+        if "step" in group:  # where Adam counts per group
+            group["step"] = 0

@@ -88,6 +88,25 @@ def phase_label(phases: Sequence[PhaseConfig], number: int) -> str:
     return phases[number].name or str(number)
 
 
+def phase_notes(run: RunConfig) -> list[str]:
+    """What is allowed but unusual about the lengths and rotary bases of a run, one line each."""
+    notes, longest = [], 0
+    for number, phase in enumerate(run.phases):
+        label, length, theta = phase_label(run.phases, number), phase.sequence_length, run.phase_rope_theta(number)
+        if length < longest:
+            notes.append(f"phase {label}: {length:,} tokens, after a phase of {longest:,}; the context shrinks")
+        if number:
+            before, base = run.phases[number - 1].sequence_length, run.phase_rope_theta(number - 1)
+            if theta != base and length == before:
+                notes.append(f"phase {label}: rope_theta changes from {base:g} to {theta:g} at the same length")
+            if theta < base and length > before:
+                notes.append(f"phase {label}: rope_theta falls from {base:g} to {theta:g} while the context grows")
+        if run.model.window is not None and run.model.window >= length:
+            notes.append(f"phase {label}: the window of {run.model.window:,} tokens covers sequences of {length:,}")
+        longest = max(longest, length)
+    return notes
+
+
 def learning_rate(phase: PhaseConfig, phase_step: int) -> float:
     """Learning rate of the step that follows `phase_step` finished steps of the phase.
 

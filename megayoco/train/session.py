@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megayoco.config import RunConfig, load_config
+from megayoco.config.parallel import check_bands
 from megayoco.data.batches import Batches, ValidationBatches
 from megayoco.data.datasets import Datasets, build_datasets, resolve_tokenizer, with_blend_files
 from megayoco.dsconfig import load_deepspeed_config, precision
@@ -27,7 +28,7 @@ from megayoco.train.engine import Engine, engine_config
 from megayoco.train.memory import MemoryEstimate, check_memory, estimate_memory
 from megayoco.train.metrics import Peak, find_peak
 from megayoco.train.output import OutputPlan, check_data, plan_output, prepare_output, record_data
-from megayoco.train.phases import Timeline, phase_label
+from megayoco.train.phases import Timeline, phase_label, phase_notes
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,15 @@ class Session:
             f"{self.timeline.total_tokens:,} tokens, output {self.directory}",
         }
         width = max(map(len, lines))
-        data = [f"{'data':<{width}}  {line}" for line in self._data_lines]
-        return [f"{name:<{width}}  {value}" for name, value in lines.items()] + data
+        more = [("data", line) for line in self._data_lines] + [("note", line) for line in phase_notes(run)]
+        return [f"{name:<{width}}  {value}" for name, value in [*lines.items(), *more]]
 
     def _check_layout(self) -> int:
         run, world = self.run, self.launch.world_size
         run.parallel.validate(run.model, world)
         data_size = run.parallel.data(world)
         for number, phase in enumerate(run.phases):
+            check_bands(run.phase_bands(number), run.model, f"phases.{number}.bands")
             try:
                 phase.micro_batches(data_size)
             except UserError as error:

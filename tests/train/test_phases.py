@@ -3,7 +3,7 @@
 import pytest
 
 from megayoco.config import DataConfig, ModelConfig, PhaseConfig, PhaseDataConfig, RunConfig
-from megayoco.train.phases import Timeline, learning_rate
+from megayoco.train.phases import Timeline, learning_rate, phase_notes
 
 
 def phase(**values):
@@ -77,3 +77,19 @@ def test_a_phase_goes_on_in_the_samples_if_nothing_that_orders_them_differs(own,
         output_dir="out",
     )
     assert Timeline.of(run).position(3).consumed_samples == (12 if goes_on else 0)
+
+
+def test_unusual_courses_of_length_and_rotary_base_are_told():
+    def notes(*phases, **model):
+        shape = dict(dim=32, layers=2, hidden_dim=64, heads=2, vocab_size=64) | model
+        phases = [phase(sequence_length=length, rope_theta=theta) for length, theta in phases]
+        return phase_notes(
+            RunConfig(model=ModelConfig(**shape), data=DataConfig(train="x"), phases=phases, output_dir="x")
+        )
+
+    assert notes((64, None), (128, 5e4)) == []
+    assert notes((128, None), (64, None)) == ["phase 1: 64 tokens, after a phase of 128; the context shrinks"]
+    assert notes((64, None), (64, 5e4)) == ["phase 1: rope_theta changes from 10000 to 50000 at the same length"]
+    assert notes((64, 5e4), (128, None)) == ["phase 1: rope_theta falls from 50000 to 10000 while the context grows"]
+    window = notes((64, None), self_mixer="window", window=64)
+    assert window == ["phase 0: the window of 64 tokens covers sequences of 64"]

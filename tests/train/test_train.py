@@ -221,3 +221,48 @@ def test_overwrite_keeps_the_old_run_if_the_new_one_is_refused(train, tmp_path):
     (output / "metrics.jsonl").write_text('{"step": 1}\n')
     assert train(output, "--overwrite", "data.train=nowhere/at-all").code == 2
     assert (output / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def losses(directory):
+    return [row["loss"] for row in metrics(directory) if "loss" in row]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_phase_may_forget_the_optimizer(train, tmp_path, stage):
+    engine = tmp_path / "ds.json"
+    engine.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    arguments = ("--deepspeed_config", str(engine))
+    assert train(tmp_path / "carry", *arguments).code == 0
+    result = train(tmp_path / "reset", *arguments, "phases.1.optimizer_state=reset")
+    assert "phase long: the optimizer starts afresh" in result.out, result.err
+    carry, reset = losses(tmp_path / "carry"), losses(tmp_path / "reset")
+    # the first loss of the new phase is computed before its first update
+    assert carry[:5] == reset[:5]
+    assert all(a != b for a, b in zip(carry[5:], reset[5:], strict=True))
+    # as if an optimizer without past took over the weights: going on from the border of the phases says the same
+    cut = tmp_path / "cut"
+    assert train(cut, *arguments, "checkpoint.interval=4", "phases.1.optimizer_state=reset").code == 0
+    assert losses(cut) == reset
+
+
+def test_bands_change_no_loss(train, tmp_path):
+    assert train(tmp_path / "plain").code == 0
+    result = train(tmp_path / "bands", "parallel.bands=4", "phases.1.bands=2")
+    assert result.code == 0, result.err
+    assert "in 4 bands" in result.out
+    assert "in 2 bands" in result.out
+    for got, expected in zip(metrics(tmp_path / "bands"), metrics(tmp_path / "plain"), strict=True):
+        assert got.pop("phase") == expected.pop("phase")
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_bands_that_do_not_fit_are_refused(train, tmp_path):
+    odd = train(tmp_path / "odd", "parallel.bands=5")
+    assert (odd.code, "phases.0.sequence_length" in odd.err) == (2, True)
+    llama = train(
+        tmp_path / "llama",
+        "model={pattern: llama, dim: 32, layers: 2, hidden_dim: 64, heads: 2, vocab_size: 264}",
+        "phases.1.bands=2",
+    )
+    assert llama.code == 2
+    assert "phases.1.bands is 2, but in the llama pattern" in llama.err
