@@ -34,7 +34,7 @@ class Reason(NamedTuple):
     remedy: str = "Repair or remove it"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunk:
     """Records of one file, or several whole text files.
 
@@ -59,6 +59,11 @@ class Chunk:
     after: Position
     read: float
     problem: Reason | None = None
+
+    def take(self) -> bytes | dict[str, list[Any]] | list[tuple[str, bytes]] | None:
+        """The content, which the chunk then holds no longer: one record may be most of the memory there is."""
+        content, self.content = self.content, None
+        return content
 
     @property
     def place(self) -> str:
@@ -154,9 +159,11 @@ def _read_lines(source: Source, start: Position, chunk_bytes: int, limit: int) -
         try:
             for size, content in cut_lines(blocks, chunk_bytes, limit):
                 if content is None:
-                    yield chunk(1, size, None, too_long("line", limit))
+                    piece = chunk(1, size, None, too_long("line", limit))
                 else:
-                    yield chunk(content.count(b"\n") + (content[-1:] != b"\n"), size, content)
+                    piece = chunk(content.count(b"\n") + (content[-1:] != b"\n"), size, content)
+                del content  # only the chunk holds it, until its taker frees it
+                yield piece
         except Damaged as damage:
             place = Position(number + 1)
             reason = Reason(f"{damage} after line {record}", COPY_AGAIN)
@@ -168,9 +175,9 @@ def cut_lines(blocks: Iterator[bytes], chunk_bytes: int, limit: int) -> Iterator
 
     If `blocks` raises Damaged, the whole lines before are delivered first.
     """
-    whole: list[bytes] = []  # whole lines
-    line: list[bytes] = []  # and the beginning of the one behind them
-    whole_size = line_size = dropped = 0
+    # one array that grows: a list of blocks would leave the heap in holes that no other use fits
+    waiting = bytearray()
+    whole = dropped = 0  # bytes of `waiting` that are whole lines; bytes of a too long line that are gone
     damage: Damaged | None = None
     while damage is None:
         try:
@@ -189,25 +196,31 @@ def cut_lines(blocks: Iterator[bytes], chunk_bytes: int, limit: int) -> Iterator
             dropped, block = 0, block[end:]
         end = block.rfind(b"\n") + 1
         if end:
-            whole += [*line, block[:end]]
-            whole_size += line_size + end
-            line, line_size = [], 0
-        line.append(block[end:])
-        line_size += len(block) - end
-        if whole and (max(whole_size, line_size) >= chunk_bytes or line_size > limit):
-            yield whole_size, b"".join(whole)
-            whole, whole_size = [], 0
-        if line_size > limit:
-            line, line_size, dropped = [], 0, line_size
+            whole = len(waiting) + end
+        waiting += block
+        line = len(waiting) - whole  # the beginning of the line behind them
+        if whole and (max(whole, line) >= chunk_bytes or line > limit):
+            yield whole, _taken(waiting, whole)
+            whole = 0
+        if line > limit:
+            waiting.clear()
+            dropped = line
     if whole:
-        yield whole_size, b"".join(whole)
-        whole = []
+        yield whole, _taken(waiting, whole)
     if damage is not None:
         raise damage
     if dropped:
         yield dropped, None
-    elif line_size:
-        yield line_size, b"".join(line)
+    elif waiting:
+        yield len(waiting), _taken(waiting, len(waiting))
+
+
+def _taken(array: bytearray, size: int) -> bytes:
+    """The first bytes of an array, which is then shorter by them."""
+    with memoryview(array) as view:
+        taken = bytes(view[:size])
+    del array[:size]
+    return taken
 
 
 def too_long(unit: str, limit: int) -> Reason:

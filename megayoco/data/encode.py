@@ -19,6 +19,7 @@ from megayoco.errors import UserError
 
 JOINED_LINES = "raw_content_lines"
 """The one key whose value may be a list of lines, as the layout of YOCO has it."""
+_JOINED_CHARACTERS = 1 << 22
 _FROM_ARRAY = "If the file is one JSON array, make lines of it by `jq -c '.[]'`; else repair or remove it"
 
 
@@ -96,7 +97,7 @@ class Result:
 
 
 def encode_chunk(chunk: Chunk, task: Task, tokenizer: Tokenizer) -> Result:
-    """Encode the records of a chunk; blank lines count for nothing.
+    """Encode the records of a chunk, whose content is taken out; blank lines count for nothing.
 
     Raises:
         UserError: the first record that cannot be used, with its place, unless `task.skip`.
@@ -137,8 +138,11 @@ def encode_chunk(chunk: Chunk, task: Task, tokenizer: Tokenizer) -> Result:
 def read_records(
     chunk: Chunk, fields: Mapping[str, Sequence[str]], limit: int
 ) -> Iterator[tuple[str, int, list[str] | Problem]]:
-    """File, number and, in the order of `fields`, texts of every record of a chunk; blank lines are left out."""
-    path, unit, content = chunk.path, chunk.unit, chunk.content
+    """File, number and, in the order of `fields`, texts of every record of a chunk; blank lines are left out.
+
+    Takes the content out of the chunk.
+    """
+    path, unit, content = chunk.path, chunk.unit, chunk.take()
     if content is None:
         reason = chunk.problem or Reason("nothing could be read")
         yield path, chunk.first, Problem(path, unit, chunk.first, reason, chunk.records)
@@ -149,7 +153,7 @@ def read_records(
         lines = content.split(b"\n")
         del content
         for i in range(len(lines)):
-            line, lines[i] = lines[i], b""  # a line may be most of the memory there is
+            line, lines[i] = lines[i], b""  # freed as soon as it is parsed
             if not line or line.isspace():
                 continue
             number = chunk.first + i
@@ -194,15 +198,29 @@ def read_documents(
 def _encode(documents: Sequence[str], task: Task, tokenizer: Tokenizer) -> Encoded:
     dtype = token_dtype(tokenizer.vocab_size)
     text_bytes = sum(map(_utf8_length, documents))
-    tokens, lengths = tokenizer.encode_documents(
-        documents, append_eod=task.append_eod, allow_special=task.allow_special
-    )
+    parts = [
+        tokenizer.encode_documents(group, append_eod=task.append_eod, allow_special=task.allow_special)
+        for group in _groups(documents)
+    ]
+    tokens, lengths = parts[0] if len(parts) == 1 else (np.concatenate(part) for part in zip(*parts, strict=True))
+    del parts
     if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
         raise RuntimeError(f"{tokenizer.type} gave id {int(tokens.max())}, its vocabulary is {tokenizer.vocab_size}")
     if len(lengths) and int(lengths.max()) > MAX_SEQUENCE:
         raise UserError(f"{int(lengths.max())} tokens are more than the format can count")
     written = lengths[lengths > 0]
     return Encoded(tokens.astype(dtype, copy=False), written.astype(np.int32), len(lengths) - len(written), text_bytes)
+
+
+def _groups(documents: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The documents, those together that the tokenizer should join: a very long one is not to be copied."""
+    start = size = 0
+    for number, document in enumerate(documents):
+        size += len(document)
+        if size > _JOINED_CHARACTERS and number > start:
+            yield documents[start:number]
+            start, size = number, len(document)
+    yield documents[start:] if start else documents
 
 
 def _refused(documents: Sequence[str], task: Task, tokenizer: Tokenizer) -> dict[int, Reason]:

@@ -73,7 +73,8 @@ class Encoder:
     def __call__(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Result]]:
         if self._threads is None:
             for chunk in chunks:
-                yield replace(chunk, content=None), self._encode_here(chunk)
+                result = self._encode_here(chunk)
+                yield chunk, result
             return
         waiting: deque[tuple[Chunk, Future[Result]]] = deque()
         under_way = 0
@@ -84,8 +85,7 @@ class Encoder:
                 done, future = waiting.popleft()
                 yield done, future.result()
                 under_way -= done.size
-            # in a list, which the thread empties: the content is not needed here while it is encoded
-            waiting.append((replace(chunk, content=None), self._threads.submit(self._encode_there, [chunk])))
+            waiting.append((replace(chunk, content=None), self._threads.submit(self._encode_there, chunk)))
             under_way += chunk.size
             del chunk
         while waiting:
@@ -102,13 +102,12 @@ class Encoder:
         except BaseException as error:  # engines in Rust raise panics that are no Exception
             raise RuntimeError(f"{chunk.place}: {type(error).__name__}: {error}") from error
 
-    def _encode_there(self, chunks: list[Chunk]) -> Result:
-        chunk = chunks.pop()
+    def _encode_there(self, chunk: Chunk) -> Result:
         process, connection = worker = self._idle.get()
-        content = chunk.content
+        content = chunk.take()
         packed = content if isinstance(content, bytes) else pickle.dumps(content, protocol=5)
         head = replace(chunk, content=b"" if isinstance(content, bytes) else None)
-        del chunk, content
+        del content
         try:
             connection.send(head)
             connection.send_bytes(packed)
@@ -148,9 +147,7 @@ def _serve(connection: Connection, task: Task) -> None:
         try:
             if tokenizer is None:
                 tokenizer = task.build_tokenizer()
-            if chunk.content is None:
-                content = pickle.loads(content)
-            chunk = replace(chunk, content=content)
+            chunk.content = pickle.loads(content) if chunk.content is None else content
             del content
             answer = encode_chunk(chunk, task, tokenizer)
         except UserError as error:
