@@ -1,34 +1,15 @@
-"""The arithmetic behind the figures of a run: peaks, utilisation, overhead, memory; and what is kept of the metrics."""
+"""The arithmetic behind the figures of a run: peaks, utilisation, overhead; and what is kept of the metrics."""
 
 import json
-import types
 
 import pytest
-import torch
 
-from megayoco.config import DataConfig, ModelConfig, ParallelConfig, PhaseConfig, RunConfig
-from megayoco.errors import UserError
+from megayoco.config import ModelConfig
 from megayoco.model.flops import flops_per_sequence
-from megayoco.train import memory
-from megayoco.train.memory import MemoryEstimate, check_memory, estimate_memory
 from megayoco.train.metrics import IntervalClock, Peak, model_flops_per_step, peak_from_table
 from megayoco.train.report import step_line, truncate_metrics
 
 MODEL = dict(pattern="llama", dim=64, layers=4, hidden_dim=128, heads=4, vocab_size=256)
-
-
-def run_config(**parallel):
-    return RunConfig(
-        model=ModelConfig(**MODEL),
-        parallel=ParallelConfig(**parallel),
-        data=DataConfig(train="x"),
-        phases=[PhaseConfig(sequence_length=32, steps=1, batch_size=8, micro_batch_size=2, learning_rate=1.0)],
-        output_dir="out",
-    )
-
-
-def topology(**sizes):
-    return types.SimpleNamespace(**{"tensor": 1, "pipeline": 1, "sequence": 1, "data": 1, **sizes})
 
 
 @pytest.mark.parametrize(
@@ -65,45 +46,6 @@ def test_rates_of_an_interval():
 def test_a_step_costs_three_forward_passes_of_every_sequence():
     model = ModelConfig(**MODEL)
     assert model_flops_per_step(model, 32, 8) == 24 * flops_per_sequence(model, 32)
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision", "per_parameter"),
-    [
-        (0, "fp32", 16),
-        (1, "fp32", 4 + 4 + 12 / 4),
-        (2, "fp32", 4 + 4 / 4 + 12 / 4),
-        (3, "fp32", 20 / 4),
-        (1, "bf16", 2 + 2 + 12 / 4),
-        (3, "bf16", 16 / 4),
-    ],
-)
-def test_bytes_of_model_states_by_zero_stage(stage, precision, per_parameter):
-    config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": precision == "bf16"}}
-    estimate = estimate_memory(run_config(), config, topology(data=4))
-    count = ModelConfig(**MODEL).parameter_count()["total"]
-    assert estimate.weights + estimate.gradients + estimate.optimizer == pytest.approx(count * per_parameter)
-
-
-def test_layouts_and_checkpointing_reduce_the_estimate():
-    config = {"zero_optimization": {"stage": 0}}
-    plain = estimate_memory(run_config(), config, topology())
-    assert estimate_memory(run_config(tensor=2), config, topology(tensor=2)).weights == plain.weights / 2
-    assert estimate_memory(run_config(pipeline=2), config, topology(pipeline=2)).weights == plain.weights / 2
-    recompute = estimate_memory(run_config(activation_checkpointing=True), config, topology())
-    assert recompute.activations < plain.activations / 2
-    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    moved = estimate_memory(run_config(), offload, topology())
-    assert moved.optimizer == 0
-    assert moved.host == plain.weights * 3
-
-
-def test_impossible_memory_is_refused_with_need_and_capacity(monkeypatch):
-    monkeypatch.setattr(memory, "available_host_memory", lambda: 8.0 * memory.GIB)
-    need = MemoryEstimate(2 * memory.GIB, memory.GIB, memory.GIB, memory.GIB, 0)
-    check_memory(need, torch.device("cpu"), 1)
-    with pytest.raises(UserError, match=r"5\.0 GiB per process.*has 8\.0 GiB free.*has 4\.0 GiB.*parallel.tensor"):
-        check_memory(need, torch.device("cpu"), 2)
 
 
 def test_metrics_after_the_checkpoint_and_broken_lines_are_dropped(tmp_path):
