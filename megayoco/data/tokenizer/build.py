@@ -31,11 +31,11 @@ _FILES = ("vocab_file", "merge_file")
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "TiktokenTokenizer": ("special_tokens", "eod_token"),
     "YocoTiktokenTokenizer": (),
-    "HuggingFaceTokenizer": ("eod_token", *_FILES),
+    "HuggingFaceTokenizer": ("eod_token", "engine", *_FILES),
     "SentencePieceTokenizer": ("eod_token",),
     "ByteTokenizer": (),
 }
-_FLAGS = {"special_tokens": "--tokenizer-special-tokens", "eod_token": "--eod-token"}
+_FLAGS = {"special_tokens": "--tokenizer-special-tokens", "engine": "--tokenizer-engine"}
 _MODEL_MEANS = {
     "TiktokenTokenizer": "a rank file, as tools/train_tokenizer.py writes it, or an encoding such as cl100k_base",
     "YocoTiktokenTokenizer": "a rank file, or cl100k_base",
@@ -118,6 +118,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool =
         metavar="NAME",
         help="special tokens to add after the last id of a TiktokenTokenizer",
     )
+    add("--tokenizer-engine", metavar="NAME", help="`tokenizers`: never encode a tokenizer.json by tiktoken (auto)")
     add("--eod-token", metavar="NAME", help="the special token that ends documents, where the model does not tell")
 
 
@@ -133,6 +134,7 @@ def tokenizer_from_arguments(args: argparse.Namespace) -> tuple[str, str | None,
         "merge_file": args.merge_file,
         "special_tokens": args.tokenizer_special_tokens,
         "eod_token": args.eod_token,
+        "engine": args.tokenizer_engine,
     }
     if model is None and args.merge_file is None and args.vocab_file is not None:
         # gpt-neox and Megatron-DeepSpeed name the whole vocabulary by --vocab-file
