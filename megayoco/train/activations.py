@@ -119,6 +119,10 @@ class StageBlocks:
     kinds: Sequence[str]
     in_flight: int = 1
     """Micro-batches that have gone forward and not yet backward, at most."""
+    shared_in: bool = False
+    """Whether the shared keys and values come from an earlier stage."""
+    shared_out: bool = False
+    """Whether they go on to a later one."""
     self_half: list[str] = field(init=False)
     cross: list[str] = field(init=False)
 
@@ -351,11 +355,14 @@ def _gathered(work: Work, blocks: StageBlocks) -> tuple[float, float]:
 def _flow(work: Work, blocks: StageBlocks) -> float:
     """Token ids, targets and document starts; with several stages what came in and what goes out."""
     ids = work.batch * work.tokens * 24.0
-    wire = work.batch * work.tokens * work.model.dim * work.width
-    behind = work.batch * work.tokens * 2 * work.kv_dim * work.width if blocks.cross else 0.0
-    received = 0.0 if "embedding" in blocks.kinds else wire + (behind if "shared_kv" not in blocks.kinds else 0.0)
-    sent = 0.0 if blocks.has_head else wire + behind
+    received = 0.0 if "embedding" in blocks.kinds else wire_bytes(work, blocks.shared_in)
+    sent = 0.0 if blocks.has_head else wire_bytes(work, blocks.shared_out)
     return ids + (received + sent) * blocks.in_flight
+
+
+def wire_bytes(work: Work, shared: bool) -> float:
+    """What goes from stage to stage for a micro-batch: hidden states, and the shared keys and values where they do."""
+    return work.batch * work.tokens * (work.model.dim + (2 * work.kv_dim if shared else 0)) * work.width
 
 
 def _banded(work: Work, blocks: StageBlocks, parameters: tuple[float, float]) -> Activations:

@@ -179,10 +179,17 @@ def stage_blocks(run: RunConfig, number: int, layout: Layout) -> list[StageBlock
 
     borders = split_stages(run.model, stages, run.phases[0].sequence_length)
     most = run.phases[number].micro_batches(layout.data)
-    return [
-        StageBlocks(kinds[start:stop], min(stages - stage, most))
-        for stage, (start, stop) in enumerate(pairwise(borders))
-    ]
+    found = []
+    for stage, (start, stop) in enumerate(pairwise(borders)):
+        made_before, made = "shared_kv" in kinds[:start], "shared_kv" in kinds[:stop]
+        blocks = StageBlocks(
+            kinds[start:stop],
+            in_flight=min(stages - stage, most),
+            shared_in=made_before and "cross" in kinds[start:],
+            shared_out=made and "cross" in kinds[stop:],
+        )
+        found.append(blocks)
+    return found
 
 
 def block_parameters(model: ModelConfig, kind: str, tensor: int) -> float:
