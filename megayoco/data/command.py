@@ -95,10 +95,7 @@ class ProgressReport:
         self._what, self._total, self._describe, self._interval = what, total, describe, interval
         self._start, self._next = time.monotonic(), interval
         self._first: float | None = None  # work that was done before, by a run that is resumed
-        self._bar: Any = _bar(what) if sys.stderr.isatty() else None
-        if self._bar is not None:
-            self._task = self._bar.add_task(what, total=total or None, counts="")
-            self._bar.start()
+        self._bar: Any = None
 
     @property
     def seconds(self) -> float:
@@ -110,6 +107,10 @@ class ProgressReport:
         if self._first is None:
             self._first = done
             self._next = (items // self._interval + 1) * self._interval
+            if sys.stderr.isatty():  # not earlier: the bar has a thread, and processes are best forked before it
+                self._bar = _bar(self._what)
+                self._task = self._bar.add_task(self._what, total=self._total or None, counts="")
+                self._bar.start()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, counts=self._describe(self.seconds))
         elif items >= self._next:

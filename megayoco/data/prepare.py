@@ -81,11 +81,14 @@ def preprocess(
     size = sum(source.size for source in sources)
     settings = _settings(sources, task, tokenizer)
     options: dict[str, Any] = dict(overwrite=overwrite, resume=resume, size=size, resumable=not piped)
-    with PartialRun(output_prefix, keys, tokenizer.vocab_size, settings, **options) as run:
+    with (
+        Encoder(task, tokenizer, workers) as encode,
+        PartialRun(output_prefix, keys, tokenizer.vocab_size, settings, **options) as run,
+    ):
         try:
             report(run.totals)
             if not run.complete:
-                _encode_all(run, sources, task, tokenizer, workers, chunk_bytes, report)
+                _encode_all(run, sources, task, encode, chunk_bytes, report)
                 _check_unchanged(sources)
                 for key, count in run.totals.keys.items():
                     if not count.documents:
@@ -111,8 +114,7 @@ def _encode_all(
     run: PartialRun,
     sources: Sequence[Source],
     task: Task,
-    tokenizer: Tokenizer,
-    workers: int,
+    encode: Encoder,
     chunk_bytes: int,
     report: Callable[[Totals], None],
 ) -> None:
@@ -122,14 +124,13 @@ def _encode_all(
         before.append(before[-1] + source.size)
     chunks = read_inputs(sources, task.fields, run.position, chunk_bytes=chunk_bytes, limit=limit)
     try:
-        with Encoder(task, tokenizer, workers) as encode:
-            for chunk, result in encode(chunks):
-                run.advance(result, chunk.after)
-                at = chunk.after.source
-                begun = at < len(sources) and chunk.after.record
-                totals.read = before[at] + int(begun and chunk.read * sources[at].size)
-                run.record()
-                report(totals)
+        for chunk, result in encode(chunks):
+            run.advance(result, chunk.after)
+            at = chunk.after.source
+            begun = at < len(sources) and chunk.after.record
+            totals.read = before[at] + int(begun and chunk.read * sources[at].size)
+            run.record()
+            report(totals)
     except (UserError, KeyboardInterrupt):
         if run.kept:
             with suppress(UserError):  # the disk is full: what was recorded before is still good

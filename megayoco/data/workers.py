@@ -8,9 +8,12 @@ import os
 import pickle
 import queue
 import signal
+import sys
+import threading
 import traceback
+import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -27,7 +30,8 @@ from megayoco.errors import UserError
 class Encoder:
     """`with Encoder(task, tokenizer, workers) as encode: for chunk, result in encode(chunks): ...`
 
-    The chunks come back without their content. With one worker everything happens in this process.
+    The chunks come back without their content. With one worker everything happens in this process. Enter it before
+    files are opened that a worker should not hold, and before threads are started, which makes starting cheaper.
 
     Raises (while iterating):
         UserError: a record that cannot be used, unless `task.skip`; a process that died.
@@ -44,21 +48,31 @@ class Encoder:
         # one process is one core: an engine with threads of its own would take the others' cores
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if self._count > 1:
-            context = get_context("spawn")  # a fork would copy the locks of other threads in any state
             # Ctrl-C goes to every process of the terminal; the workers leave it to the parent
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 for _ in range(self._count):
-                    ours, theirs = context.Pipe()
-                    process = context.Process(target=_serve, args=(theirs, self._task), daemon=True)
-                    process.start()
-                    theirs.close()
-                    self._processes.append((process, ours))
-                    self._idle.put((process, ours))
+                    self._start_worker()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._threads = ThreadPoolExecutor(self._count)
         return self
+
+    def _start_worker(self) -> None:
+        # A fork has everything imported and built, but also copies the locks of other threads in whatever state they
+        # are: only while there are none. macOS does not promise that its libraries survive one.
+        fork = sys.platform == "linux" and threading.active_count() == 1
+        context: Any = get_context("fork" if fork else "spawn")
+        ours, theirs = context.Pipe()
+        # a copy of a parent's end would keep the pipe open when the parent is killed
+        inherited = (self._tokenizer, [ours, *(other for _, other in self._processes)]) if fork else (None, [])
+        process = context.Process(target=_serve, args=(theirs, self._task, *inherited), daemon=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of numpy's threads, which expect forks
+            process.start()
+        theirs.close()
+        self._processes.append((process, ours))
+        self._idle.put((process, ours))
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for process, _ in self._processes:
@@ -134,9 +148,11 @@ class Encoder:
 _LESS_MEMORY = "Give fewer --workers or a smaller --max-document-mb, or look for a huge record there."
 
 
-def _serve(connection: Connection, task: Task) -> None:
+def _serve(connection: Connection, task: Task, tokenizer: Tokenizer | None, foreign: Sequence[Connection]) -> None:
     """Life of a worker: a chunk in, its result out, until the parent is gone."""
-    tokenizer: Tokenizer | None = None
+    for other in foreign:
+        other.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     while True:
         try:
             chunk: Chunk = connection.recv()

@@ -217,12 +217,27 @@ def wait_for_records(process, least: int) -> None:
     raise AssertionError(process.stderr.read())
 
 
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_9_and_resume_give_the_undisturbed_result(driver, tmp_path, workers):
     process = driver(tmp_path / "two" / "c", workers)
     wait_for_records(process, 60)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == (workers if workers > 1 else 0)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    for _ in range(500):  # the workers notice
+        if not any(alive(child) for child in children):
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("a worker outlived its parent")
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["c.partial"]
     recorded = json.loads((tmp_path / "two" / "c.partial" / "state.json").read_text())
     assert 0 < recorded["totals"]["records"] < 300
@@ -448,12 +463,12 @@ def test_a_document_that_the_tokenizer_refuses_has_a_place(tmp_path, monkeypatch
         preprocess(sources, str(tmp_path / "p"), SKIP)
 
 
-def die(connection, task):
+def die(connection, *rest):
     connection.recv()
     os._exit(9)
 
 
-def answer_with_a_bug(connection, task):
+def answer_with_a_bug(connection, *rest):
     connection.recv()
     connection.send(("bug", "Traceback of a worker"))
     time.sleep(60)
