@@ -25,7 +25,7 @@ from megayoco.parallel.topology import Topology, build_topology
 from megayoco.train.agreement import all_ranks_agree, barrier
 from megayoco.train.checkpoint import check_resumable, load
 from megayoco.train.engine import Engine, engine_config
-from megayoco.train.memory import MemoryEstimate, check_memory, estimate_memory
+from megayoco.train.memory import MemoryEstimate, check_memory, estimate_memory, resolve_bands
 from megayoco.train.metrics import Peak, find_peak
 from megayoco.train.output import OutputPlan, check_data, plan_output, prepare_output, record_data
 from megayoco.train.phases import Timeline, phase_label, phase_notes
@@ -61,8 +61,10 @@ class Session:
             self.ds_config = load_deepspeed_config(request.deepspeed_config, self.run, data_size, device)
             self.backends = describe_backends(device)
         self.topology: Topology = build_topology(self.run.parallel, self.run.model)
-        self.timeline = Timeline.of(self.run)
         config = engine_config(self.ds_config)
+        # the same numbers on every rank, so an error is everyone's
+        self.run, self._band_lines = resolve_bands(self.run, config, self.topology, device, launch.local_size or 1)
+        self.timeline = Timeline.of(self.run)
         with all_ranks_agree():
             self.memory: MemoryEstimate = estimate_memory(self.run, config, self.topology)
             check_memory(self.memory, device, launch.local_size or 1)
@@ -135,7 +137,8 @@ class Session:
             f"{self.timeline.total_tokens:,} tokens, output {self.directory}",
         }
         width = max(map(len, lines))
-        more = [("data", line) for line in self._data_lines] + [("note", line) for line in phase_notes(run)]
+        more = [("bands", line) for line in self._band_lines]
+        more += [("data", line) for line in self._data_lines] + [("note", line) for line in phase_notes(run)]
         return [f"{name:<{width}}  {value}" for name, value in [*lines.items(), *more]]
 
     def _check_layout(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -254,6 +255,19 @@ def test_bands_change_no_loss(train, tmp_path):
     for got, expected in zip(metrics(tmp_path / "bands"), metrics(tmp_path / "plain"), strict=True):
         assert got.pop("phase") == expected.pop("phase")
         assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_bands_are_chosen_by_the_memory(train, tmp_path, monkeypatch):
+    arguments = ("phases.1.bands=auto", "phases.1.sequence_length=2048", "phases.1.steps=1", "phases.0.steps=1")
+    result = train(tmp_path / "roomy", *arguments)
+    assert "bands" in result.out and "phase long: 1 (auto)" in result.out, result.err
+    monkeypatch.setattr("megayoco.train.memory.free_memory", lambda *_: 6 * 2**20)
+    result = train(tmp_path / "narrow", *arguments)
+    assert re.search(r"phase long: [248] \(auto\), chunks of", result.out), result.out + result.err
+    assert "bands: auto" not in (tmp_path / "narrow" / "config.yaml").read_text()
+    monkeypatch.setattr("megayoco.train.memory.free_memory", lambda *_: 2**20)
+    result = train(tmp_path / "none", *arguments)
+    assert (result.code, "phases.1: bands auto finds no number that fits" in result.err) == (2, True)
 
 
 def test_bands_that_do_not_fit_are_refused(train, tmp_path):
