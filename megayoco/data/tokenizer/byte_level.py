@@ -25,6 +25,7 @@ from tokenizers import Regex, pre_tokenizers
 from megayoco.data.tokenizer.engine import TiktokenEngine
 from megayoco.data.tokenizer.merges import last_merge, last_merges
 from megayoco.data.tokenizer.tokenizer_json import split_merges
+from megayoco.errors import UserError
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What ByteLevel(use_regex=True) cuts by."""
@@ -37,7 +38,7 @@ _SAME_MEANING = re.compile(
     (?: \\[pP]\{(?:L|Lu|Ll|Lt|Lm|Lo|M|Mn|Mc|Me|N|Nd|Nl|No|P|S|Z|Zs|Han)\}   # categories
       | \\[sSrnt/]                                                   # blanks, and / which some escape
       | \[\^?(?:\\[pP]\{(?:L[ultmo]?|M|N|P|S)\}|\\[sSrnt/\-]|[^\\\[\]^&-](?:-[^\\\[\]^&-])?)+\]
-      | \((?:\?[:!=>])?                                             # groups, lookahead, atomic
+      | \((?:\?[:!=>]|(?!\?))                                             # groups, lookahead, atomic
       | \(\?i:(?![^()]*(?:ss|st|ff|fi|fl))[a-z'|\[\]]+\)               # but what folds with one character beyond ASCII
       | \) | \|
       | [?*+][+?]? | \{[0-9]+(?:,[0-9]*)?\}(?![+?])                     # possessive {m,n}+ differs
@@ -85,7 +86,10 @@ def tiktoken_engine(content: Mapping[str, Any], name: str) -> tuple[TiktokenEngi
     if not _same_unicode():
         raise NotEqual("the installed tokenizers and tiktoken know different versions of Unicode")
     tokens, ids = _ranked_tokens(content["model"])
-    return TiktokenEngine(name, {token: rank for rank, token in enumerate(tokens)}, pattern, {}), ids
+    try:
+        return TiktokenEngine(name, {token: rank for rank, token in enumerate(tokens)}, pattern, {}), ids
+    except UserError as error:
+        raise NotEqual("tiktoken refuses its regular expression") from error
 
 
 def byte_of_character() -> dict[str, int]:
