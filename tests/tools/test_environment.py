@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pip
 import pytest
+import setuptools  # noqa: F401 (before pip, which keeps a later one from replacing distutils, as megatron-core needs)
 from packaging.requirements import Requirement
+
+import pip  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE_PIP = """
