@@ -141,8 +141,8 @@ def collate(samples: Sequence[Sample], *, document_mask: bool) -> MicroBatch:
 
     In numpy throughout: torch operations in the loader's thread would start a second pool of compute threads.
     """
-    rows = np.stack([sample["tokens"] for sample in samples])
-    tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
+    tokens = np.stack([sample["tokens"][:-1] for sample in samples])
+    targets = np.stack([sample["tokens"][1:] for sample in samples])
     starts = np.zeros_like(tokens) if document_mask else None
     for row, sample in enumerate(samples):
         targets[row, sample["num_targets"] :] = IGNORE

@@ -77,8 +77,9 @@ def read_index(prefix: str) -> Index:
     for path in (idx, data):
         if not os.path.isfile(path):
             raise UserError(f"{path} does not exist. {_missing_remedy(prefix, path)}")
-    content = np.fromfile(idx, np.uint8)
-    header = content[: HEADER.size].tobytes()
+    index_size = os.path.getsize(idx)
+    with open(idx, "rb") as file:
+        header = file.read(HEADER.size)
     if header[:8] == b"TNTIDX\x00\x00":
         raise UserError(
             f"{idx} is of the older TNTIDX format (gpt-neox data_impl: cached), which shares only the file names."
@@ -87,7 +88,7 @@ def read_index(prefix: str) -> Index:
     if header[: len(MAGIC)] != MAGIC:
         raise UserError(f"{idx} is no Megatron index: it begins with {header[:9]!r}, not {MAGIC!r}. {_REBUILD}")
     if len(header) < HEADER.size:
-        raise UserError(f"{idx} holds {len(content)} bytes, less than an index header. {_REBUILD}")
+        raise UserError(f"{idx} holds {index_size} bytes, less than an index header. {_REBUILD}")
     _, version, code, S, D = HEADER.unpack(header)
     if version != 1:
         raise UserError(f"{idx} has version {version}, only 1 is known. {_REBUILD}")
@@ -97,15 +98,15 @@ def read_index(prefix: str) -> Index:
     if dtype.kind == "f":
         raise UserError(f"{idx} describes {dtype} numbers, but token ids are integers. {_REBUILD}")
     expected = HEADER.size + 12 * S + 8 * D
-    if len(content) not in (expected, expected + S):  # multimodal files end with one mode per sequence
+    if index_size not in (expected, expected + S):  # multimodal files end with one mode per sequence
         raise UserError(
-            f"{idx} holds {len(content):,} bytes, its header describes {expected:,}. The copy was cut short. {_REBUILD}"
+            f"{idx} holds {index_size:,} bytes, its header describes {expected:,}. The copy was cut short. {_REBUILD}"
         )
-    at = [HEADER.size, HEADER.size + 4 * S, HEADER.size + 12 * S, expected]
-    lengths, offsets, documents = (
-        np.frombuffer(content[a:b].tobytes(), kind)
-        for a, b, kind in zip(at[:-1], at[1:], ("<i4", "<i8", "<i8"), strict=True)
-    )
+    with open(idx, "rb") as file:
+        file.seek(HEADER.size)
+        lengths, offsets, documents = (
+            np.fromfile(file, kind, count) for kind, count in (("<i4", S), ("<i8", S), ("<i8", D))
+        )
     ends = offsets + lengths.astype(np.int64) * dtype.itemsize
     consistent = D > 0 and documents[0] == 0 and documents[-1] == S and bool((np.diff(documents) >= 0).all())
     consistent = consistent and bool((lengths >= 0).all() and (offsets >= 0).all())

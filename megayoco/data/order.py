@@ -49,7 +49,7 @@ class Permutation:
             number = self._network(number)
         return number
 
-    def array(self, block: int = 1 << 16) -> np.ndarray:
+    def array(self, block: int = 1 << 14) -> np.ndarray:
         """The whole permutation, (size,) int64."""
         result = np.empty(self.size, np.int64)
         for first in range(0, self.size, block):  # blocks that fit into the processor's cache

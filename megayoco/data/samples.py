@@ -96,8 +96,8 @@ class TokenStream:
         first token of all counted as such."""
         ends, size = self._places.ends, self._places.dtype.itemsize
         first, last = np.searchsorted(ends, [start, start + count - 1], "right").tolist()
-        borders = np.concatenate([[start], ends[first:last]])
-        lengths = np.diff(borders, append=start + count)
+        borders = np.concatenate([[start], ends[first:last], [start + count]])
+        lengths = borders[1:] - borders[:-1]
         places = self._places.starts[first : last + 1].copy()
         places[0] += start - (int(ends[first - 1]) if first else 0)
         for place, length in zip((places * size).tolist(), (lengths * size).tolist(), strict=True):
@@ -111,7 +111,7 @@ class TokenStream:
                     " Restore it, then go on with --resume."
                 )
             content += piece
-        return borders - start
+        return borders[:-1] - start
 
 
 class TrainingSource:
