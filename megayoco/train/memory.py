@@ -104,41 +104,33 @@ def estimate_phase(
 ) -> MemoryEstimate:
     """The need of the fullest rank in phase `number` with so many bands."""
     gpu = torch.cuda.is_available() if gpu is None else gpu
-    stages = stage_blocks(run, number, layout)
-    estimates = [_estimate_stage(run, number, ds_config, layout, bands, gpu, stage) for stage in stages]
+    work = phase_work(run, number, layout, compute_width(ds_config), bands, gpu)
+    estimates = []
+    for stage in stage_blocks(run, number, layout):
+        parts = step_activations(work, stage, stage_parameters(run.model, stage, layout.tensor))
+        estimates.append(estimate_stage(work, stage, parts, ds_config, layout))
     return max(estimates, key=lambda estimate: estimate.device + estimate.host)
 
 
-def _estimate_stage(
-    run: RunConfig,
-    number: int,
-    ds_config: dict[str, Any],
-    layout: Layout,
-    bands: int,
-    gpu: bool,
-    stage: StageBlocks,
+def estimate_stage(
+    work: Work, stage: StageBlocks, parts: Activations, ds_config: dict[str, Any], layout: Layout
 ) -> MemoryEstimate:
-    model, tensor = run.model, layout.tensor
+    """The need of a rank that holds `stage`, given its activations."""
     zero = ds_config.get("zero_optimization", {})
     level = zero.get("stage", 0)
     shards = layout.data * layout.sequence
-    fp32 = precision(ds_config) == "fp32"
-    width = 4 if fp32 else 2
-    before = sum(block_parameters(model, kind, tensor) for kind in stage.kinds if kind not in ("cross", "head"))
-    behind = sum(block_parameters(model, kind, tensor) for kind in stage.kinds if kind in ("cross", "head"))
-    if model.tie_embeddings and stage.has_head and "embedding" not in stage.kinds:
-        behind += block_parameters(model, "embedding", tensor)  # the last stage's copy
-    local = before + behind
+    width = work.width
+    local = sum(stage_parameters(work.model, stage, layout.tensor))
     weights = local * width / (shards if level == 3 else 1)
     fp32_sums = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     gradients = local * (4 if fp32_sums else width) / (shards if level >= 2 else 1)
-    master = 0 if fp32 and level == 0 else 4
+    master = 0 if width == 4 and level == 0 else 4
     optimizer = local * (master + 8) / (shards if level >= 1 else 1)
     host = gathered = buckets = 0.0
     if level == 3:
-        live = local if bands > 1 else min(local, zero.get("stage3_max_live_parameters", 1e9))
+        live = local if work.bands > 1 else min(local, zero.get("stage3_max_live_parameters", 1e9))
         gathered = live * width * (1 - 1 / shards)
-    if gpu and level in (1, 2):
+    if work.gpu and level in (1, 2):
         copies = 2 if zero.get("overlap_comm") and layout.pipeline == 1 else 1
         staged = 4 if level == 1 and fp32_sums else width
         buckets = zero.get("reduce_bucket_size", 5e8) * staged * copies
@@ -146,13 +138,16 @@ def _estimate_stage(
         host, optimizer = host + optimizer, 0.0
     if (zero.get("offload_param") or {}).get("device", "none") != "none":
         host, weights = host + weights, 0.0
-    work = phase_work(run, number, layout, width, bands, gpu)
-    parts = step_activations(work, stage, (before, behind))
     return MemoryEstimate(weights, gradients, optimizer, parts.total, host, gathered, buckets, parts)
 
 
+def compute_width(ds_config: dict[str, Any]) -> int:
+    """Bytes of a number of the compute dtype."""
+    return 4 if precision(ds_config) == "fp32" else 2
+
+
 def phase_work(run: RunConfig, number: int, layout: Layout, width: int, bands: int, gpu: bool) -> Work:
-    """What the activations of a phase depend on; `width`: bytes of a number of the compute dtype."""
+    """What the activations of a phase depend on; `width` as of `compute_width`."""
     phase = run.phases[number]
     return Work(
         model=run.model,
@@ -190,6 +185,15 @@ def stage_blocks(run: RunConfig, number: int, layout: Layout) -> list[StageBlock
         )
         found.append(blocks)
     return found
+
+
+def stage_parameters(model: ModelConfig, stage: StageBlocks, tensor: int) -> tuple[float, float]:
+    """Parameters that one tensor rank has of a stage: in front of the cross layers, and in them with the head."""
+    before = sum(block_parameters(model, kind, tensor) for kind in stage.kinds if kind not in ("cross", "head"))
+    behind = sum(block_parameters(model, kind, tensor) for kind in stage.kinds if kind in ("cross", "head"))
+    if model.tie_embeddings and stage.has_head and "embedding" not in stage.kinds:
+        behind += block_parameters(model, "embedding", tensor)  # the last stage's copy
+    return before, behind
 
 
 def block_parameters(model: ModelConfig, kind: str, tensor: int) -> float:

@@ -23,7 +23,7 @@ a walk over n bands 2 - 1/n times, all of a walk in a stage without the head twi
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 from megayoco.train.activations import SELF_LAYERS, StageBlocks, Work, wire_bytes
@@ -47,10 +47,10 @@ def is_recomputed(work: Work, kind: str) -> bool:
     return work.checkpointing and kind in (*SELF_LAYERS, *(() if work.bands > 1 else ("cross",)))
 
 
-def micro_batch_volume(work: Work, blocks: StageBlocks, documents: bool = False) -> Counter[str]:
+def micro_batch_volume(work: Work, blocks: StageBlocks, documents: bool = False) -> dict[str, float]:
     """Bytes that one rank of a stage sends for one micro-batch, by `group/purpose`; of the ranks of a sequence the one
     that sends most."""
-    sent: Counter[str] = Counter()
+    sent: defaultdict[str, float] = defaultdict(float)
     for kind in blocks.kinds:
         runs = forward_runs(work, blocks, kind)
         again = 1.0 if is_recomputed(work, kind) else 0.0
@@ -67,10 +67,10 @@ def micro_batch_volume(work: Work, blocks: StageBlocks, documents: bool = False)
         sent["pipeline/activations"] += wire_bytes(work, blocks.shared_out) + columns
     if "embedding" not in blocks.kinds:
         sent["pipeline/gradient"] += wire_bytes(work, blocks.shared_in) + columns
-    return Counter({name: count for name, count in sorted(sent.items()) if count})
+    return {name: count for name, count in sorted(sent.items()) if count}
 
 
-def _add_tensor(sent: Counter[str], work: Work, kind: str, runs: float, again: float) -> None:
+def _add_tensor(sent: defaultdict[str, float], work: Work, kind: str, runs: float, again: float) -> None:
     ring = 2 * (work.tensor - 1) / work.tensor
     x = work.batch * work.tokens * work.model.dim * work.width * ring
     if kind == "embedding":
@@ -89,7 +89,7 @@ def _add_tensor(sent: Counter[str], work: Work, kind: str, runs: float, again: f
         sent["tensor/weight_gradient"] += work.bands * weights * 2 * (replicas - 1) / replicas
 
 
-def _add_sequence(sent: Counter[str], work: Work, kind: str, runs: float) -> None:
+def _add_sequence(sent: defaultdict[str, float], work: Work, kind: str, runs: float) -> None:
     model, B, t, P = work.model, work.batch, work.tensor, work.sequence
     if kind == "window":
         reach, C = (model.window or 1) - 1, work.chunk
@@ -112,7 +112,7 @@ def _add_sequence(sent: Counter[str], work: Work, kind: str, runs: float) -> Non
 
 def step_volume(
     parameters: float, replicas: int, micro_batches: int, ds_config: dict[str, Any], width: int
-) -> Counter[str]:
+) -> dict[str, float]:
     """Bytes that DeepSpeed sends per step over the ranks that hold the same parameters.
 
     Args:
@@ -123,15 +123,14 @@ def step_volume(
     ZeRO 0 and 1 sum gradients once per step, 2 and 3 for every micro-batch; 1 and 2 send updated parameters to all, 3
     gathers them before forward and before backward of every micro-batch.
     """
-    sent: Counter[str] = Counter()
     if replicas == 1:
-        return sent
+        return {}
     level = ds_config.get("zero_optimization", {}).get("stage", 0)
     others = (replicas - 1) / replicas
     named = {"fp32": 4, "fp16": 2, "bf16": 2}.get(ds_config.get("communication_data_type") or "", width)
     times = micro_batches if level >= 2 else 1
     # DeepSpeed joins the reductions to the owners of a bucket's parts to one all-reduce
-    sent["data/gradients"] = times * (1 if level == 3 else 2) * parameters * named * others
+    sent = {"data/gradients": times * (1 if level == 3 else 2) * parameters * named * others}
     if level >= 1:
         sent["data/parameters"] = (2 * micro_batches if level == 3 else 1) * parameters * width * others
     return sent
