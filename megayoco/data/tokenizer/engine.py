@@ -19,7 +19,7 @@ import tiktoken
 
 from megayoco.data.tokenizer.base import REPLACEMENT, EncodingError, encodable
 from megayoco.data.tokenizer.long_text import encode_long, longest_run
-from megayoco.data.tokenizer.ranks import format_ranks
+from megayoco.data.tokenizer.ranks import CL100K_PATTERN, format_ranks
 from megayoco.errors import UserError
 
 SEPARATOR = "\x00<|between two documents of one batch|>"
@@ -27,6 +27,21 @@ SEPARATOR = "\x00<|between two documents of one batch|>"
 
 LONG = 1 << 22
 """Characters; a longer document is searched for runs of this length."""
+
+PLAIN = {
+    CL100K_PATTERN: (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s+$|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": (
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$|\s+(?!\S)|\s"
+    ),
+}
+"""Patterns of cl100k and of r50k without possessive quantifiers, which tiktoken runs a quarter slower.
+
+They match the same: what stands behind a possessive quantifier can match nothing of what it took (no letter is a sign
+that may stand before letters, the end of the text is no blank), or is nothing, or matches the empty text too.
+"""
 
 
 class TiktokenEngine:
@@ -51,7 +66,7 @@ class TiktokenEngine:
         try:
             self._encoding = tiktoken.Encoding(
                 Path(model).name,
-                pat_str=pattern,
+                pat_str=PLAIN.get(pattern, pattern),
                 mergeable_ranks=ranks,
                 special_tokens=self.special_tokens | {SEPARATOR: self.size},
             )
