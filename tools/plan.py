@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     from megayoco.config import load_config
     from megayoco.dsconfig import load_deepspeed_config, precision
     from megayoco.train.engine import engine_config
-    from megayoco.train.planning import Axes, Cluster, plan_run, search_layouts
+    from megayoco.train.planning import Axes, Cluster, check_batches, plan_run, search_layouts
 
     cluster = Cluster(
         gpus=options.gpus,
@@ -114,6 +114,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         run.parallel.validate(run.model, options.gpus)
         data = run.parallel.data(options.gpus)
+        check_batches(run, data)
         ds_config = engine_config(load_deepspeed_config(options.deepspeed_config, run, data, "cpu"))
         axes = Axes(run.parallel.tensor, run.parallel.pipeline, run.parallel.sequence, data)
         print_head(run, cluster, precision(ds_config))

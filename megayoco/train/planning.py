@@ -146,6 +146,15 @@ class Plan:
         return all(phase.fits for phase in self.phases)
 
 
+def check_batches(run: RunConfig, data: int) -> None:
+    """Raises UserError unless the batch of every phase divides over `data` replicas."""
+    for number, phase in enumerate(run.phases):
+        try:
+            phase.micro_batches(data)
+        except UserError as error:
+            raise UserError(f"phases.{number}: {error}") from None
+
+
 # -- one layout --------------------------------------------------------------------------------------------------------
 
 
@@ -156,14 +165,10 @@ def plan_run(run: RunConfig, ds_config: dict[str, Any], axes: Axes, cluster: Clu
         ds_config: as the engine gets it.
 
     Raises:
-        UserError: the batch of a phase does not divide, or none of its bands fit.
+        UserError: the batch of a phase does not divide over the replicas, or none of its bands fit.
     """
     phases = []
     for number in range(len(run.phases)):
-        try:
-            run.phases[number].micro_batches(axes.data)
-        except UserError as error:
-            raise UserError(f"phases.{number}: {error}") from None
         bands = run.phase_bands(number)
         if bands == "auto":
             free = cluster.gpu_memory * cluster.memory_share / AUTO_SHARE
