@@ -5,8 +5,8 @@
 
 The 256 single bytes and the merges, in the order they were found, are the ranks: --vocab-size of them. The special
 token <|endoftext|> takes the id after them, so a model needs vocab_size = ranks + 1 or more. OUTPUT.json beside the
-rank file holds the pattern that cuts text into words (that of cl100k) and the special tokens. Input is JSON lines,
-plain or gzip, with the text under --json-keys; a .txt file is one document.
+rank file holds the pattern that cuts text into words (that of cl100k) and the special tokens. Input is what
+tools/preprocess_data.py reads: JSON lines with the text under --json-keys, text files, Parquet, packed or not, folders.
 """
 
 import argparse
@@ -20,13 +20,10 @@ from megayoco.data.command import dashed, positive_int, run_command
 from megayoco.data.encode import read_documents
 from megayoco.data.inputs import Inputs, find_inputs
 from megayoco.data.tokenizer import CL100K_PATTERN, END_OF_DOCUMENT, TiktokenTokenizer, write_rank_file
+from megayoco.data.tokenizer.byte_level import byte_of_character
+from megayoco.data.tokenizer.patterns import for_oniguruma
 from megayoco.errors import UserError
 
-# CL100K_PATTERN for the regular expressions of the tokenizers library, where ++ after a count, and $, mean other things
-TRAINING_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CHECKED_DOCUMENTS = 200
 
 
@@ -35,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="JSONL files, plain or gzip, text files, or patterns")
+    add("--input", nargs="+", required=True, metavar="FILE", help="files, folders, patterns, or - for stdin")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text (text)")
     add("--vocab-size", type=positive_int, required=True, metavar="N", help="ranks: 256 bytes and N - 256 merges")
     add("--output", required=True, metavar="FILE", help="the rank file; FILE.json is written beside it")
@@ -54,7 +51,12 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"cannot write {args.output}: {error.strerror}") from error
 
     inputs = find_inputs(args.input)
-    trained = train(read_texts(inputs, args.json_keys), args.vocab_size)
+    for note in inputs.notes:
+        print(f"note: {note}", file=sys.stderr)
+    first: list[str] = []
+    trained = train(keep_first(read_texts(inputs, args.json_keys), first), args.vocab_size)
+    if not first:
+        raise UserError(f"{', '.join(args.input)}: no text under {', '.join(args.json_keys)}; nothing was written.")
     ranks = tiktoken_ranks(trained)
     write_rank_file(args.output, ranks, CL100K_PATTERN, {END_OF_DOCUMENT: len(ranks)})
     if len(ranks) < args.vocab_size:
@@ -63,10 +65,10 @@ def main(arguments: Sequence[str]) -> None:
             " pairs that occur twice. Give more text, or expect the smaller vocabulary.",
             file=sys.stderr,
         )
-    different = count_differences(trained, TiktokenTokenizer(args.output), read_texts(inputs, args.json_keys))
+    different = count_differences(trained, TiktokenTokenizer(args.output), first)
     if different:
         print(
-            f"note: tiktoken encodes {different} of the first {CHECKED_DOCUMENTS} documents otherwise than the trained"
+            f"note: tiktoken encodes {different} of the first {len(first)} documents otherwise than the trained"
             " merges, which make one token in two ways. The rank file is what counts.",
             file=sys.stderr,
         )
@@ -74,10 +76,19 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def read_texts(inputs: Inputs, keys: Sequence[str]) -> Iterator[str]:
-    """The documents of the files. Raises UserError with file and line."""
+    """The documents of the files that are not empty. Raises UserError with file and line."""
     for _, text in read_documents(inputs.sources, keys):
-        # a lone surrogate, which JSON can spell, is no text that the tokenizers library accepts
-        yield text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+        if text:
+            # a lone surrogate, which JSON can spell, is no text that the tokenizers library accepts
+            yield text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def keep_first(texts: Iterator[str], first: list[str]) -> Iterator[str]:
+    """The same texts; the first of them are put into `first`, for the input may be a pipe."""
+    for text in texts:
+        if len(first) < CHECKED_DOCUMENTS:
+            first.append(text)
+        yield text
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -85,7 +96,7 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(TRAINING_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(for_oniguruma(CL100K_PATTERN)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -102,23 +113,14 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def tiktoken_ranks(trained: Tokenizer) -> dict[bytes, int]:
     """Bytes of each token -> its id, which is its rank: the trainer numbers the bytes first, then merges in order."""
-    byte_of = _byte_of_character()
+    byte_of = byte_of_character()
     return {bytes(byte_of[c] for c in token): number for token, number in trained.get_vocab().items()}
 
 
-def count_differences(trained: Tokenizer, tokenizer: TiktokenTokenizer, texts: Iterator[str]) -> int:
-    """How many of the first documents tiktoken encodes otherwise than the trained tokenizer."""
-    sample = [text for text, _ in zip(texts, range(CHECKED_DOCUMENTS), strict=False)]
-    encoded = trained.encode_batch(sample, add_special_tokens=False)
-    return sum(tokenizer.encode(text) != one.ids for text, one in zip(sample, encoded, strict=True))
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: printable bytes are spelled as themselves, the others by characters from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + number): byte for number, byte in enumerate(others)}
+def count_differences(trained: Tokenizer, tokenizer: TiktokenTokenizer, texts: Sequence[str]) -> int:
+    """How many of the documents tiktoken encodes otherwise than the trained tokenizer."""
+    encoded = trained.encode_batch(texts, add_special_tokens=False)
+    return sum(tokenizer.encode(text) != one.ids for text, one in zip(texts, encoded, strict=True))
 
 
 if __name__ == "__main__":

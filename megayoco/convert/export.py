@@ -2,7 +2,7 @@
 
     DIRECTORY/model.safetensors  every parameter once, in the dtype it was trained in; a tied head is absent
     DIRECTORY/config.json        format, version, model (every field of ModelConfig), facts (step, tokens seen, ...)
-    DIRECTORY/tokenizer/         what Tokenizer.from_dir reads
+    DIRECTORY/tokenizer/         what Tokenizer.from_dir reads, and tokenizer.json for transformers if there can be one
 
 The folder does not depend on the parallel layout of the run, holds no pickle, and can be moved.
 """
@@ -10,6 +10,7 @@ The folder does not depend on the parallel layout of the run, holds no pickle, a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,10 @@ from torch import Tensor
 from megayoco.config import ModelConfig, model_config_from_dict, model_config_to_dict
 from megayoco.data.files import read_json_object, write_text_atomically
 from megayoco.data.tokenizer import Tokenizer
+from megayoco.data.tokenizer.export import write_for_transformers
 from megayoco.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "megayoco"
 VERSION = 1
@@ -156,6 +160,10 @@ def write_export(
         contiguous = {name: tensors[name].detach().contiguous() for name in shapes}
         save_file(contiguous, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         tokenizer.save(partial / TOKENIZER_FOLDER)
+        try:
+            write_for_transformers(tokenizer, partial / TOKENIZER_FOLDER)
+        except UserError as error:  # its own files are there: nothing of ours needs those of transformers
+            logger.warning("%s: the tokenizer has no files for transformers. %s", target, error)
         write_text_atomically(partial / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         _flush(partial / WEIGHTS_FILE)
         # a folder cannot replace a full one in one step: the older export goes only when the new one is on disk

@@ -53,6 +53,10 @@ class Tokenizer(ABC):
         """The bytes of these ids, which may end inside a UTF-8 character; ids without a token give U+FFFD."""
 
     @abstractmethod
+    def vocabulary(self) -> dict[int, bytes]:
+        """The ids that plain text can give, with their bytes."""
+
+    @abstractmethod
     def _fingerprint(self) -> Iterable[bytes]:
         """Everything that decides the ids of a text and of its end, for the identity's hash."""
 
@@ -97,6 +101,10 @@ class Tokenizer(ABC):
         """Text of these ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
+    def fallback_ids(self) -> set[int]:
+        """The ids of `vocabulary` that stand for a part of a character, or for one the vocabulary lacks."""
+        return {number for number, token in self.vocabulary().items() if not _is_utf8(token)}
+
     def identity(self) -> dict[str, Any]:
         """type, sha256, vocab_size and eod: equal for tokenizers that give every text the same ids."""
         digest = hashlib.sha256()
@@ -138,11 +146,22 @@ class ByteTokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(bytes([i]) if i < 256 else b"" if i == self.eod else REPLACEMENT for i in ids)
 
+    def vocabulary(self) -> dict[int, bytes]:
+        return {i: bytes([i]) for i in range(256)}
+
     def _fingerprint(self) -> Iterable[bytes]:
         return [b"bytes, 256 ends a document"]
 
     def _save_model(self, folder: Path) -> tuple[None, dict[str, Any]]:
         return None, {}
+
+
+def _is_utf8(token: bytes) -> bool:
+    try:
+        token.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def encodable(text: str) -> str:

@@ -50,6 +50,9 @@ class TiktokenTokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(map(self.engine.bytes_of, ids))
 
+    def vocabulary(self) -> dict[int, bytes]:
+        return {number: token for token, number in self.engine.ranks.items()}
+
     def _fingerprint(self) -> Iterable[bytes]:
         yield from self.engine.fingerprint()
         if self.eod != self.engine.special_tokens.get(END_OF_DOCUMENT):

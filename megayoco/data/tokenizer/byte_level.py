@@ -13,7 +13,6 @@ holds, and no other pair of the list ever stands side by side; the order is the 
 `tiktoken_engine` proves the three for a given tokenizer.json, or says why not.
 """
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -24,29 +23,9 @@ from tokenizers import Regex, pre_tokenizers
 
 from megayoco.data.tokenizer.engine import TiktokenEngine
 from megayoco.data.tokenizer.merges import last_merge, last_merges
+from megayoco.data.tokenizer.patterns import DIGITS_GPT2_PATTERN, GPT2_PATTERN, means_the_same
 from megayoco.data.tokenizer.tokenizer_json import split_merges
 from megayoco.errors import UserError
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""What ByteLevel(use_regex=True) cuts by."""
-
-_DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-"""Digits(individual_digits=True), then GPT2_PATTERN in what lies between, where a digit ends the text."""
-
-_SAME_MEANING = re.compile(
-    r"""(?x)
-    (?: \\[pP]\{(?:L|Lu|Ll|Lt|Lm|Lo|M|Mn|Mc|Me|N|Nd|Nl|No|P|S|Z|Zs|Han)\}   # categories
-      | \\[sSrnt/]                                                   # blanks, and / which some escape
-      | \[\^?(?:\\[pP]\{(?:L[ultmo]?|M|N|P|S)\}|\\[sSrnt/\-]|[^\\\[\]^&-](?:-[^\\\[\]^&-])?)+\]
-      | \((?:\?[:!=>]|(?!\?))                                             # groups, lookahead, atomic
-      | \(\?i:(?![^()]*(?:ss|st|ff|fi|fl))[a-z'|\[\]]+\)               # but what folds with one character beyond ASCII
-      | \) | \|
-      | [?*+][+?]? | \{[0-9]+(?:,[0-9]*)?\}(?![+?])                     # possessive {m,n}+ differs
-      | \\z
-      | [^\\^$.*+?()\[\]{}|]
-    )+"""
-)
-"""Regular expressions that mean the same to Oniguruma and fancy-regex, as do not ^ $ . \\w \\b [a[b]] && {1,3}+."""
 
 # one letter and one number, where there are, that came with each version of Unicode from 9 to 17
 _NEW_LETTERS = (
@@ -74,7 +53,7 @@ def tiktoken_engine(content: Mapping[str, Any], name: str) -> tuple[TiktokenEngi
         NotEqual: the ids may differ for some text.
     """
     pattern = _pattern(content.get("pre_tokenizer"))
-    if not _SAME_MEANING.fullmatch(pattern):
+    if not means_the_same(pattern):
         raise NotEqual("the two engines may read its regular expression differently")
     normalizer = content.get("normalizer")
     if (
@@ -111,7 +90,7 @@ def _pattern(pre_tokenizer: Mapping[str, Any] | None) -> str:
     if kinds == ["ByteLevel"] and own_pattern:
         return GPT2_PATTERN
     if kinds == ["Digits", "ByteLevel"] and own_pattern and steps[0].get("individual_digits"):
-        return _DIGITS_GPT2_PATTERN
+        return DIGITS_GPT2_PATTERN
     if kinds == ["Split", "ByteLevel"] and not own_pattern:
         split, pattern = steps[0], steps[0].get("pattern", {})
         if split.get("behavior") == "Isolated" and not split.get("invert") and list(pattern) == ["Regex"]:

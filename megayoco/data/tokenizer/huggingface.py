@@ -51,6 +51,8 @@ class HuggingFaceTokenizer(Tokenizer):
         engine: `tokenizers` never uses tiktoken; `auto` (the default) uses it where it may.
 
     Attributes:
+        content: tokenizer.json.
+        config: tokenizer_config.json and special_tokens_map.json beside it, in one.
         slow_because: why tiktoken does not encode, None if it does.
     """
 
@@ -58,7 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, model: str | None, options: Mapping[str, Any] | None = None):
         self.model, self.options = model, dict(options or {})
-        self.content, config = read_tokenizer_json(model, self.options)
+        self.content, self.config = read_tokenizer_json(model, self.options)
         self._name = model or str(self.options["vocab_file"])
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.content))
@@ -74,7 +76,7 @@ class HuggingFaceTokenizer(Tokenizer):
         # tokenizers takes them out of every text, before it cuts the rest
         self._always_tokens = [token["content"] for token in added if not token.get("special")]
 
-        eod_token = self.options.get("eod_token") or token_name(config.get("eos_token"))
+        eod_token = self.options.get("eod_token") or token_name(self.config.get("eos_token"))
         if eod_token not in vocabulary:
             which = "does not say which token ends documents" if eod_token is None else f"has no token {eod_token}"
             raise UserError(
@@ -82,7 +84,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f" tokens are {', '.join(self.special_tokens) or 'none'}."
             )
         self.eod = vocabulary[eod_token]
-        self.bos = vocabulary.get(token_name(config.get("bos_token")) or "")
+        self.bos = vocabulary.get(token_name(self.config.get("bos_token")) or "")
 
         decoder = json.dumps(self.content.get("decoder"), ensure_ascii=False)
         self._byte_of = byte_of_character() if '"ByteLevel"' in decoder else None
@@ -172,6 +174,12 @@ class HuggingFaceTokenizer(Tokenizer):
                 " bug of MegaYOCO, please report it; --tokenizer-engine tokenizers goes on without tiktoken."
             )
 
+    def special_names(self) -> dict[str, str]:
+        """Names of the end-of-document token and of the others that its config names, under transformers' keys."""
+        keys = ("bos_token", "pad_token", "unk_token")
+        names = {key: name for key in keys if (name := token_name(self.config.get(key))) is not None}
+        return names | {"eos_token": str(self._tokenizer.id_to_token(self.eod))}
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(map(self._bytes_of, ids))
 
@@ -188,6 +196,18 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._blank:
             return token.replace("\u2581", " ").encode()
         return self._tokenizer.decode([number], skip_special_tokens=False).encode()
+
+    def vocabulary(self) -> dict[int, bytes]:
+        special = set(self.special_tokens.values())
+        numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return {number: self._bytes_of(number) for number in sorted(set(numbers) - special)}
+
+    def fallback_ids(self) -> set[int]:
+        ids = super().fallback_ids()
+        model = self.content["model"]
+        names = [f"<0x{i:02X}>" for i in range(256)] if model.get("byte_fallback") else []
+        numbers = map(self._tokenizer.token_to_id, (*names, model.get("unk_token") or ""))
+        return ids | {number for number in numbers if number is not None}
 
     def _fingerprint(self) -> Iterable[bytes]:
         yield from fingerprint(self.content)

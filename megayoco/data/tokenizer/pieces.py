@@ -56,6 +56,13 @@ class SentencePieceTokenizer(Tokenizer):
         tokens = np.fromiter((i for part in parts for i in part), np.uint32, int(lengths.sum()))
         return tokens, lengths
 
+    def special_names(self) -> dict[str, str]:
+        """Names of the end-of-document token and of the model's others, under transformers' keys."""
+        engine = self._engine
+        numbers = {"bos_token": engine.bos_id(), "unk_token": engine.unk_id(), "pad_token": engine.pad_id()}
+        names = {key: engine.id_to_piece(number) for key, number in numbers.items() if number >= 0}
+        return names | {"eos_token": engine.id_to_piece(self.eod)}
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of these ids, as pieces: the space that `encode` puts before a text stays."""
         parts, engine = [], self._engine
@@ -67,6 +74,15 @@ class SentencePieceTokenizer(Tokenizer):
             elif not engine.is_control(i):
                 parts.append(engine.id_to_piece(i).replace(_SPACE, " ").encode())
         return b"".join(parts)
+
+    def vocabulary(self) -> dict[int, bytes]:
+        engine = self._engine
+        numbers = (i for i in range(self.vocab_size) if not engine.is_control(i) and not engine.is_unused(i))
+        return {i: self.decode_bytes([i]) for i in numbers}
+
+    def fallback_ids(self) -> set[int]:
+        engine = self._engine
+        return {i for i in range(self.vocab_size) if engine.is_byte(i) or engine.is_unknown(i)}
 
     def _fingerprint(self) -> Iterable[bytes]:
         yield hashlib.sha256(self._proto).digest()

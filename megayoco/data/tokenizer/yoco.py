@@ -53,6 +53,9 @@ class YocoTiktokenTokenizer(Tokenizer):
         """The bytes of these ids. The four symbols are nothing, as officially; ids without a token give U+FFFD."""
         return b"".join(self.engine.bytes_of(i - len(SYMBOLS)) for i in ids if i >= len(SYMBOLS))
 
+    def vocabulary(self) -> dict[int, bytes]:
+        return {number + len(SYMBOLS): token for token, number in self.engine.ranks.items()}
+
     def _fingerprint(self) -> Iterable[bytes]:
         yield b"YOCO's layout, version 1"
         yield from self.engine.fingerprint()
