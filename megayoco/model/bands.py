@@ -179,11 +179,7 @@ class _BandedLoss(torch.autograd.Function):
             raise RuntimeError("the gradients of a banded loss were handed out already: backward runs once")
         gradients, ctx.gradients = ctx.gradients, None
         _make_whole_until_the_end_of_backward(ctx.stage)
-        scaled = []
-        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
-            # scaled in the wide dtype, then rounded once
-            scaled.append(None if gradient is None else gradient.mul_(dloss.to(gradient.dtype)).to(dtype))
-        return None, None, None, None, *scaled
+        return None, None, None, None, *_rounded(gradients, ctx.dtypes, dloss)
 
 
 class _BandedStage(torch.autograd.Function):
@@ -211,8 +207,7 @@ class _BandedStage(torch.autograd.Function):
     def backward(ctx: Any, dhidden: Tensor, dkey: Tensor | None, dvalue: Tensor | None) -> tuple[Tensor | None, ...]:
         walk, ctx.walk = ctx.walk, None
         walk.backward(dhidden, None if dkey is None or dvalue is None else KeyValues(dkey, dvalue))
-        gradients = walk.parameter_gradients(ctx.parameters)
-        dparameters = [None if g is None else g.to(p.dtype) for g, p in zip(gradients, ctx.parameters, strict=True)]
+        dparameters = _rounded(walk.parameter_gradients(ctx.parameters), [p.dtype for p in ctx.parameters])
         shared = (None if g is None else g.to(walk.dtype) for g in walk.shared_gradient)
         return None, None, None, walk.input_gradient, *shared, *dparameters
 
@@ -228,12 +223,7 @@ class _Walk:
             raise ValueError(f"{T} tokens of a rank do not divide into {bands.count} bands")
         self.stage, self.bands, self.chunk = stage, bands, T // bands.count
         self.inputs, self.shared = inputs.detach(), None if shared is None else KeyValues(*(x.detach() for x in shared))
-        offsets = [bands.offset(b, self.chunk) for b in range(bands.count)]
-        borders = [None if starts is None else starts[:, self._at(b)] for b in range(bands.count)]
-        self.positions = [
-            Positions.of_chunk(offset, self.chunk, inputs.device, start)
-            for offset, start in zip(offsets, borders, strict=True)
-        ]
+        self.starts = starts
         self.dtype: torch.dtype = inputs.dtype
         if stage.embed is not None:
             self.dtype = next(stage.embed.parameters()).dtype
@@ -293,6 +283,7 @@ class _Walk:
             loss, dhidden = self._cross_loss(b, graph.hidden.detach(), targets, rows[b])
             total += loss
             gradient_right = self._self_backward(graph, dhidden, self._shared_gradient(b, None), gradient_right)
+            del graph, dhidden  # before the next band makes its own
         self._release()
         return total
 
@@ -329,10 +320,10 @@ class _Walk:
         self._descend(dhidden, dshared, through_cross=True)
 
     def parameter_gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """In the wide dtype, for each of `parameters` that needs one."""
+        """In the wide dtype, for each of `parameters` that needs one; handed out once."""
         found: list[Tensor | None] = []
         for parameter in parameters:
-            gradient = self._parameter_gradients.get(id(parameter))
+            gradient = self._parameter_gradients.pop(id(parameter), None)
             if gradient is None and parameter.requires_grad:
                 gradient = torch.zeros_like(parameter, dtype=self.wide)
             found.append(gradient)
@@ -386,7 +377,7 @@ class _Walk:
         return _Graph(b, source, [x for parts in leaves for x in parts], hidden, made, [x for c in right for x in c])
 
     def _self_half(self, b: int, x: Tensor, left: list[Any]) -> tuple[Tensor, KeyValues | None, list[Any]]:
-        stage, positions = self.stage, self.positions[b]
+        stage, positions = self.stage, self._positions(b)
         if stage.embed is not None:
             x = stage.embed(x)
         rights = []
@@ -444,7 +435,7 @@ class _Walk:
     def _cross_half(self, b: int, hidden: Tensor, chosen: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Cross layers over some rows (B, R) of a band; returns their output and the rows that went in, a leaf where
         gradients are on."""
-        x, positions = _take(hidden, chosen), self.positions[b].rows(chosen)
+        x, positions = _take(hidden, chosen), self._positions(b).rows(chosen)
         rows = x
         if torch.is_grad_enabled():
             x = rows = x.detach().requires_grad_()
@@ -559,6 +550,11 @@ class _Walk:
     def _at(self, b: int) -> slice:
         return slice(b * self.chunk, (b + 1) * self.chunk)
 
+    def _positions(self, b: int) -> Positions:
+        """Made anew for each use: their rotary tables, kept for all bands, would grow with the sequence."""
+        start = None if self.starts is None else self.starts[:, self._at(b)]
+        return Positions.of_chunk(self.bands.offset(b, self.chunk), self.chunk, self.inputs.device, start)
+
     def _input(self, b: int) -> Tensor:
         return self.inputs[:, self._at(b)]
 
@@ -614,6 +610,20 @@ class _Graph:
     hidden: Tensor
     shared: KeyValues | None
     right: list[Tensor]
+
+
+def _rounded(
+    gradients: list[Tensor | None], dtypes: Sequence[torch.dtype | None], factor: Tensor | None = None
+) -> list[Tensor | None]:
+    """Gradients times a factor, scaled in the wide dtype and rounded once. Empties the list, so that wide and rounded
+    ones never lie side by side."""
+    rounded: list[Tensor | None] = []
+    for number, dtype in enumerate(dtypes):
+        gradient, gradients[number] = gradients[number], None
+        if gradient is not None and factor is not None:
+            gradient.mul_(factor.to(gradient.dtype))
+        rounded.append(None if gradient is None else gradient.to(dtype))
+    return rounded
 
 
 def _parameters(modules: Sequence[nn.Module | None]) -> list[nn.Parameter]:

@@ -385,13 +385,13 @@ def _banded(work: Work, blocks: StageBlocks, parameters: tuple[float, float]) ->
     passing = max([0.0, backward_bytes(work, R), *(mixer_backward_bytes(work, kind, R) for kind in last)])
     below, above = (work.wide * sum(parameters), work.width * max(parameters))
     split = work.order == "split" and blocks.has_head
-    # their gradient, of this band and still of the last one; in split order they are kept and replaced by it
-    hidden = _flow(work, blocks) + chunk * (work.bands + 1 if split else 2)
+    # their gradient; in split order they are kept for all bands and replaced by it
+    hidden = _flow(work, blocks) + chunk * (work.bands + 1 if split else 1)
     if graph + back > rows + max(loss, passing) + (0.0 if split else graph):
         part = {"layers": graph, "passing": back}
     else:
         part = {"layers": 0.0 if split else graph, "rows": rows, **_larger(loss, passing)}
-    largest = Activations(
+    return Activations(
         shared=store * walks,
         shared_gradients=gradients,
         contexts=contexts * walks,
@@ -399,9 +399,6 @@ def _banded(work: Work, blocks: StageBlocks, parameters: tuple[float, float]) ->
         gradient_sums=below + above,
         **part,
     )
-    # after the walk the sums are rounded to w bytes, for all parameters at once
-    handed_over = below + (work.width * sum(parameters) if work.width < work.wide else 0.0)
-    return largest if largest.total >= handed_over else Activations(gradient_sums=handed_over)
 
 
 def _half(work: Work, kinds: Sequence[str]) -> tuple[float, float]:
