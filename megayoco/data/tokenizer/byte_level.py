@@ -126,17 +126,20 @@ def _ranked_tokens(model: Mapping[str, Any]) -> tuple[list[bytes], np.ndarray]:
     pairs = np.array([(place[a], place[b]) for a, b in merges], np.int64).reshape(-1, 2)
     found = last_merges(tokens, pairs, np.array([place[a + b] for a, b in merges], np.int64))
 
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for rank in np.flatnonzero(found[256:] < 0) + 256:
+        parts = last_merge(tokens[rank], ranks)
+        if len(parts) == 2:
+            row = np.flatnonzero((pairs == [ranks[part] for part in parts]).all(1))
+            if not len(row):
+                raise NotEqual(
+                    f"tiktoken would make the token {tokens[rank]!r} of two that the list of merges does not name"
+                )
+            found[rank] = row[0]
     made = found[256 : len(spelled)]
     if (np.diff(made[made >= 0]) < 0).any():
         raise NotEqual("its merges are not in the order of the tokens that they make")
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    never = [rank for rank in range(256, len(tokens)) if found[rank] < 0]
-    for rank in never:
-        if len(last_merge(tokens[rank], ranks)) == 2:
-            raise NotEqual(
-                f"tiktoken would make the token {tokens[rank]!r} of two that the list of merges does not name"
-            )
-    if never and not model.get("ignore_merges"):
+    if not model.get("ignore_merges"):
         # tiktoken looks a whole piece up before it merges: it must not know what merging does not make
         tokens = [token for rank, token in enumerate(tokens) if found[rank] >= 0 or rank < 256]
     id_of = {bytes_of[token]: number for token, number in vocabulary.items() if token in bytes_of}

@@ -53,6 +53,7 @@ def write_for_transformers(tokenizer: Tokenizer, folder: str | os.PathLike[str])
         UserError: the pattern has no equal in the tokenizers library, or the files cannot be written.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(tokenizer, SentencePieceTokenizer):
         tokenizer.save(folder)

@@ -40,11 +40,14 @@ class Measurement:
         documents, characters, bytes, tokens; tokens_per_character and tokens_per_byte over all text; tokens_per_sample
         (mean, median, p95, max); fallback_share: tokens that stand for a part of a character, or for one that the
         vocabulary lacks; never_produced: ids that text could give and this one did not, with the text of the first
-        `examples` of them; megabytes_per_second of encoding in one process.
+        `examples` of them that are characters, better two; megabytes_per_second of encoding in one process.
         """
         lengths = np.concatenate(self.lengths)
         vocabulary = self.tokenizer.vocabulary()
+        fallback = self.tokenizer.fallback_ids()
         unused = [number for number in sorted(vocabulary) if not self.counts[number]]
+        texts = {number: vocabulary[number].decode("utf-8", "replace") for number in unused if number not in fallback}
+        shown = sorted(texts, key=lambda number: (len(texts[number]) < 2, number))[:examples]
         total = int(self.counts.sum())
         return {
             "tokenizer": {**self.tokenizer.identity(), "model": self.tokenizer.model},
@@ -60,13 +63,11 @@ class Measurement:
                 "p95": float(np.quantile(lengths, 0.95)),
                 "max": int(lengths.max()),
             },
-            "fallback_share": float(self.counts[sorted(self.tokenizer.fallback_ids())].sum() / total),
+            "fallback_share": float(self.counts[sorted(fallback)].sum() / total),
             "never_produced": {
                 "count": len(unused),
                 "of": len(vocabulary),
-                "examples": {
-                    str(number): vocabulary[number].decode("utf-8", "replace") for number in unused[:examples]
-                },
+                "examples": {str(number): texts[number] for number in shown},
             },
             "megabytes_per_second": self.text_bytes / 1e6 / self.seconds,
         }
