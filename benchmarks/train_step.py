@@ -137,7 +137,7 @@ def loop_overhead(options: argparse.Namespace) -> list[float]:
     """The share of every step that a real run of the trainer spends outside the engine's step."""
     import numpy as np
 
-    from megayoco.data.indexed import IndexedWriter
+    from megayoco.data.indexed_writer import IndexedWriter
     from megayoco.data.tokenizer import build_tokenizer
     from megayoco.train.__main__ import main as train
 

@@ -19,15 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megayoco.data.files import write_text_atomically
-from megayoco.data.indexed import (
-    DTYPES,
-    make_folder_of,
-    pair_paths,
-    publish_pair,
-    read_meta,
-    refuse_existing,
-    write_index,
-)
+from megayoco.data.indexed import DTYPES, read_meta
+from megayoco.data.indexed_writer import make_folder_of, pair_paths, publish_pair, refuse_existing, write_index
 from megayoco.data.pair import BLOCK, Pair, find_damage, open_pair
 from megayoco.errors import UserError
 

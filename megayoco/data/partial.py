@@ -25,7 +25,7 @@ from typing import IO, Any
 from megayoco.data.chunks import Position
 from megayoco.data.encode import Result
 from megayoco.data.files import read_json_object
-from megayoco.data.indexed import (
+from megayoco.data.indexed_writer import (
     TokenFiles,
     format_meta,
     make_folder_of,

@@ -21,7 +21,7 @@ from typing import Any
 from megayoco.data.chunks import CHUNK_BYTES, read_inputs
 from megayoco.data.encode import Task
 from megayoco.data.files import read_json_object
-from megayoco.data.indexed import pair_paths
+from megayoco.data.indexed_writer import pair_paths
 from megayoco.data.inputs import STDIN, Source
 from megayoco.data.partial import Counts, PartialRun, Totals
 from megayoco.data.tokenizer import Tokenizer, describe_tokenizer

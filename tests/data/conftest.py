@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megayoco.data.indexed import IndexedWriter
+from megayoco.data.indexed_writer import IndexedWriter
 
 
 @pytest.fixture

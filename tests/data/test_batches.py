@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megayoco.config import DataConfig
 from megayoco.data.batches import Batches, ValidationBatches, accumulation_steps
 from megayoco.data.datasets import build_datasets
-from megayoco.data.indexed import IndexedWriter
+from megayoco.data.indexed_writer import IndexedWriter
 from megayoco.errors import UserError
 
 T = 6

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megayoco.data.indexed import IndexedWriter, check_prefix, read_index, read_meta, token_dtype
+from megayoco.data.indexed import check_prefix, read_index, read_meta, token_dtype
+from megayoco.data.indexed_writer import IndexedWriter
 from megayoco.errors import UserError
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6], [499] * 40]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from megayoco.data.indexed import IndexedWriter
+from megayoco.data.indexed_writer import IndexedWriter
 from megayoco.data.tokenizer import build_tokenizer
 from tests.workers import Workers
 

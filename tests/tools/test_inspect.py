@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megayoco.data import inspect
 from megayoco.data.command import run_command
-from megayoco.data.indexed import HEADER, IndexedWriter
+from megayoco.data.indexed import HEADER
+from megayoco.data.indexed_writer import IndexedWriter
 from megayoco.data.lengths import QUANTILES, length_statistics
 from megayoco.data.pair import Pair, find_damage, open_pair
 from megayoco.data.tokenizer import build_tokenizer

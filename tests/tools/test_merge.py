@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from megayoco.data import merge
 from megayoco.data.command import run_command
-from megayoco.data.indexed import IndexedWriter, read_meta
+from megayoco.data.indexed import read_meta
+from megayoco.data.indexed_writer import IndexedWriter
 from megayoco.data.pair import Pair
 from megayoco.data.tokenizer import build_tokenizer, describe_tokenizer
 from tests.tools.datasets import ROOT, documents_of, files_of, load_tool, megatron_pair

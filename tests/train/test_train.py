@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from megayoco.data.indexed import IndexedWriter
+from megayoco.data.indexed_writer import IndexedWriter
 from megayoco.data.tokenizer import build_tokenizer
 
 TEXT = "Give the two halves their own work: one remembers, the other reads what was remembered. " * 60
