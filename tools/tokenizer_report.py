@@ -14,6 +14,7 @@ embedding that such text does not train. Speed is of one process, and depends on
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     add("--input", nargs="+", required=True, metavar="FILE", help="files, folders, patterns, or - for stdin")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text (text)")
     add("--tokenizer", action="append", required=True, metavar="TYPE[:MODEL]", help="a tokenizer; may be repeated")
-    add("--max-mb", type=float, metavar="N", help="read no more than the first N million characters (all)")
+    add("--max-mb", type=float, metavar="N", help="stop after N million characters (all)")
     add("--examples", type=int, default=10, metavar="N", help="ids never produced that are listed (10)")
     add("--json", metavar="FILE", help="also write the report as JSON")
     args = parser.parse_args(dashed(arguments))
@@ -76,13 +77,13 @@ def parse_tokenizer(text: str) -> Tokenizer:
 
 
 def at_most(documents: Iterator[tuple[str, str]], millions: float | None) -> Iterator[tuple[str, str]]:
-    """The documents up to a number of characters."""
+    """The documents until they hold so many million characters."""
     left = float("inf") if millions is None else millions * 1e6
     for place, text in documents:
-        left -= len(text)
-        if left < 0:
-            return
         yield place, text
+        left -= len(text)
+        if left <= 0:
+            return
 
 
 def characters(measurements: Sequence[Measurement]) -> int:
@@ -94,9 +95,10 @@ def print_report(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> N
     first = summaries[0]
     print(f"{first['documents']:,} documents, {first['characters']:,} characters, {first['bytes']:,} bytes")
     table = Table()
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+        kind, _, model = name.partition(":")
+        table.add_column(f"{kind}\n{os.path.basename(model)}", justify="right", overflow="fold")
     rows: list[tuple[str, Any]] = [
         ("ids", lambda s: f"{s['tokenizer']['vocab_size']:,}"),
         ("tokens", lambda s: f"{s['tokens']:,}"),
