@@ -460,6 +460,7 @@ class _Walk:
             if gradient is None:
                 gradient = torch.zeros_like(hidden)
             _put(gradient, chosen, found[0])
+            del found  # all the half's gradients, before the next block makes its graph
         return total, gradient
 
     def _cross_backward(self, b: int, hidden: Tensor, doutput: Tensor) -> Tensor:
@@ -472,6 +473,7 @@ class _Walk:
             found = torch.autograd.grad(x, [leaf, *parameters], _take(doutput, chosen), allow_unused=True)
             self._add(parameters, found[1:])
             _put(gradient, chosen, found[0])
+            del found
         return gradient
 
     def _all_blocks(self) -> Iterator[slice]:

@@ -366,8 +366,8 @@ def wire_bytes(work: Work, shared: bool) -> float:
 
 
 def _banded(work: Work, blocks: StageBlocks, parameters: tuple[float, float]) -> Activations:
-    """A walk over bands (model/bands.py): what stays for all of it, and the larger of two moments: a block of rows of
-    the cross half on top of the self half's graph, or that graph going backward."""
+    """A walk over bands (model/bands.py): what stays for all of it, and the largest of its moments: a block of rows of
+    the cross half on top of the self half's graph, or that graph going backward, each at its beginning or its end."""
     C, w, D, B = work.chunk, work.width, work.model.dim, work.batch
     R = min(work.rows, C)
     cross, own = blocks.cross, blocks.self_half
@@ -383,21 +383,24 @@ def _banded(work: Work, blocks: StageBlocks, parameters: tuple[float, float]) ->
     loss = loss_bytes(work, R) if blocks.has_head else B * R * D * w
     last = cross[-1:] if cross else []
     passing = max([0.0, backward_bytes(work, R), *(mixer_backward_bytes(work, kind, R) for kind in last)])
-    below, above = (work.wide * sum(parameters), work.width * max(parameters))
     split = work.order == "split" and blocks.has_head
     # their gradient; in split order they are kept for all bands and replaced by it
     hidden = _flow(work, blocks) + chunk * (work.bands + 1 if split else 1)
-    if graph + back > rows + max(loss, passing) + (0.0 if split else graph):
-        part = {"layers": graph, "passing": back}
-    else:
-        part = {"layers": 0.0 if split else graph, "rows": rows, **_larger(loss, passing)}
+    weight = work.model.vocab_size / work.tensor * D * w if blocks.has_head else 0.0
+    below = 0.0 if split else graph
+    # at the end of a half's backward its graph is gone, and the gradients of all its parameters are there
+    before, behind = (work.width * count for count in parameters)
+    moments = [
+        {"layers": below, "rows": rows, "loss": loss},
+        {"layers": below, "rows": rows, "passing": passing, "gradient_sums": weight},
+        {"layers": below, "rows": rows / max(len(cross), 1), "gradient_sums": behind},
+        {"layers": graph, "passing": back},
+        {"layers": graph / max(len(own), 1), "gradient_sums": before},
+    ]
+    largest = max(moments, key=lambda moment: sum(moment.values()))
+    largest["gradient_sums"] = largest.get("gradient_sums", 0.0) + work.wide * sum(parameters)
     return Activations(
-        shared=store * walks,
-        shared_gradients=gradients,
-        contexts=contexts * walks,
-        hidden=hidden,
-        gradient_sums=below + above,
-        **part,
+        shared=store * walks, shared_gradients=gradients, contexts=contexts * walks, hidden=hidden, **largest
     )
 
 

@@ -60,8 +60,13 @@ def layout(**sizes: int) -> Any:
 
 def measured_peak(function: Callable[[], object]) -> int:
     """Most bytes that torch's CPU allocator has handed out at once inside `function`, those of kernels included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each has a workspace of its own in the attention kernel
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+    finally:
+        torch.set_num_threads(threads)
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     now = peak = 0
     for _, _, change in sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]"):
