@@ -161,6 +161,9 @@ def test_special_tokens_and_the_end_of_documents_can_be_chosen(rank_file, tmp_pa
         ({"special_tokens": ["<|endoftext|>"]}, "exists already"),
         ({"vocab_file": "x"}, "takes no --vocab-file"),
         ({"colour": "x"}, "takes no --colour"),
+        ({"special_tokens": [1]}, "special_tokens has the value"),
+        ({"special_tokens": "<x>"}, "special_tokens has the value"),
+        ({"eod_token": ["a"]}, "eod_token has the value"),
     ]:
         with pytest.raises(UserError, match=message):
             build_tokenizer("TiktokenTokenizer", rank_file, wrong)
@@ -296,3 +299,41 @@ def test_a_description_finds_its_files_from_where_it_lies(rank_file, tmp_path, m
     older = {key: value for key, value in description.items() if key != "options"}
     assert build_described(older, tmp_path / "data").vocab_size == tokenizer.vocab_size - 1
     assert build_described(describe_tokenizer(ByteTokenizer(), "/"), "/").type == "ByteTokenizer"
+
+
+@pytest.mark.parametrize("pattern", ["v1", "v2"])
+def test_a_vocabulary_of_megatrons_tiktokenizer(tmp_path, pattern):
+    from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import TikTokenTokenizer
+
+    tokens = [bytes([i]) for i in range(256)] + [b"in", b" t", b" the", b"er", b"12", "é".encode(), b"never"]
+    entries = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": token.decode("utf-8", "replace")}
+        for rank, token in enumerate(tokens)
+    ]
+    path = tmp_path / "vocab.json"
+    path.write_text(json.dumps(entries))
+    reference = TikTokenTokenizer(str(path), num_special_tokens=20, pattern=pattern, vocab_size=20 + 262)
+    options = {"pattern": pattern, "num_special_tokens": 20, "vocab_size": 20 + 262}
+    tokenizer = build_tokenizer("TikTokenizer", str(path), options)
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.bos) == (282, reference.eos_id, reference.bos_id)
+    for text in [*TEXTS, "in the 1212 winter, étage Never IN"]:
+        assert tokenizer.encode(text) == reference.tokenizer.encode(text, disallowed_special=())
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_dir(tmp_path / "saved").identity() == tokenizer.identity()
+    assert build_tokenizer("TikTokenizer", str(path)).eod == 2
+    for wrong, message in [
+        ({"special_tokens": ["<s>"]}, "must be at most 1000 different ones and hold <unk>"),
+        ({"num_special_tokens": 3}, "--tiktoken-num-special-tokens"),
+        ({"vocab_size": 1100}, "no room"),
+        ({"pattern": "("}, "refuses its pattern"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build_tokenizer("TikTokenizer", str(path), wrong)
+    path.write_text("[1]")
+    with pytest.raises(UserError, match=r"no vocabulary of Megatron's TikTokenizer.*HuggingFaceTokenizer"):
+        build_tokenizer("TikTokenizer", str(path))
+
+
+def test_megatrons_options_are_refused_for_a_rank_file(rank_file):
+    with pytest.raises(UserError, match="the option pattern is for vocabularies of Megatron's"):
+        build_tokenizer("TiktokenTokenizer", rank_file, {"pattern": "v1"})

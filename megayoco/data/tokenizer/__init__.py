@@ -9,8 +9,13 @@ text unless a caller allows them: no document can write control tokens by accide
     ranks.py        rank files of tiktoken, read and written
     bpe.py          TiktokenTokenizer
     yoco.py         YocoTiktokenTokenizer, the official id layout of YOCO
-    huggingface.py  HuggingFaceTokenizer: tokenizer.json, or vocab.json with merges.txt
+    engine.py       tiktoken for batches of documents; long_text.py: what exceeds its limits
+    megatron_json.py    vocabularies of Megatron's TikTokenizer
+    huggingface.py  HuggingFaceTokenizer: tokenizer.json, or vocab.json with merges.txt (tokenizer_json.py reads them)
+    byte_level.py   when tiktoken encodes a tokenizer.json; merges.py and patterns.py: what the proof rests on
     pieces.py       SentencePieceTokenizer
+    export.py       tokenizer.json of any of them
+    report.py       how well tokenizers fit a text
 
 A tokenizer library is imported when a tokenizer of its kind is built.
 """

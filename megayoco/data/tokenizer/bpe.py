@@ -10,31 +10,45 @@ import tiktoken
 
 from megayoco.data.tokenizer.base import Tokenizer
 from megayoco.data.tokenizer.engine import TiktokenEngine
+from megayoco.data.tokenizer.megatron_json import read_megatron_vocabulary
 from megayoco.data.tokenizer.ranks import END_OF_DOCUMENT, load_ranks, load_sidecar, write_rank_file
 from megayoco.errors import UserError
+
+_MEGATRON_OPTIONS = {"pattern", "num_special_tokens", "vocab_size"}
 
 
 class TiktokenTokenizer(Tokenizer):
     """Byte-level BPE by tiktoken, from a local rank file or a named encoding such as cl100k_base.
 
     A rank file holds one `BASE64 RANK` per line. FILE.json beside it may give `pattern` and `special_tokens`
-    (name -> id); without it the pattern is CL100K_PATTERN and <|endoftext|> the first id after the ranks.
+    (name -> id); without it the pattern is CL100K_PATTERN and <|endoftext|> the first id after the ranks. A file whose
+    name ends in .json is a vocabulary of Megatron's TikTokenizer (megatron_json.py).
 
     Options:
         special_tokens: list of names that take the ids after the last one, in this order.
         eod_token: the special token that ends a document, <|endoftext|> if not given.
+        pattern, num_special_tokens, vocab_size: of a vocabulary of Megatron's, as its flags --tiktoken-pattern,
+            --tiktoken-num-special-tokens and --vocab-size; special_tokens are then all that have a name.
     """
 
     type = "TiktokenTokenizer"
 
     def __init__(self, model: str, options: Mapping[str, Any] | None = None):
         self.model, self.options = model, dict(options or {})
-        ranks, pattern, specials = read_vocabulary(model)
-        for name in self.options.get("special_tokens", ()):
-            if name in specials:
-                raise UserError(f"{model}: the special token {name!r} exists already. Leave it out of the new ones.")
-            specials[name] = max(*ranks.values(), *specials.values(), -1) + 1
-        eod_token = self.options.get("eod_token", END_OF_DOCUMENT)
+        end = END_OF_DOCUMENT
+        if model.endswith(".json") and os.path.exists(model):
+            end = "</s>"
+            ranks, pattern, specials = read_megatron_vocabulary(model, self.options)
+            self.bos = specials["<s>"]
+        else:
+            ranks, pattern, specials = read_vocabulary(model)
+            for name in _MEGATRON_OPTIONS & self.options.keys():
+                raise UserError(f"{model}: the option {name} is for vocabularies of Megatron's TikTokenizer (.json).")
+            for name in self.options.get("special_tokens", ()):
+                if name in specials:
+                    raise UserError(f"{model}: the special token {name!r} exists already. Leave it out.")
+                specials[name] = max(*ranks.values(), *specials.values(), -1) + 1
+        eod_token = self.options.get("eod_token", end)
         if eod_token not in specials:
             raise UserError(
                 f"{model}: the tokenizer has no special token {eod_token}, which ends documents. It has"
@@ -61,8 +75,8 @@ class TiktokenTokenizer(Tokenizer):
     def _save_model(self, folder: Path) -> tuple[str, dict[str, Any]]:
         name, engine = "ranks.tiktoken", self.engine
         write_rank_file(folder / name, engine.ranks, engine.pattern, engine.special_tokens)
-        # the added special tokens are in the file by now
-        return name, {key: value for key, value in self.options.items() if key != "special_tokens"}
+        # all other options are in the file by now
+        return name, {"eod_token": next(token for token, i in engine.special_tokens.items() if i == self.eod)}
 
 
 def read_vocabulary(model: str) -> tuple[dict[bytes, int], str, dict[str, int]]:

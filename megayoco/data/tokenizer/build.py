@@ -29,13 +29,18 @@ ALIASES = {
 
 _FILES = ("vocab_file", "merge_file")
 _OPTIONS: dict[str, tuple[str, ...]] = {
-    "TiktokenTokenizer": ("special_tokens", "eod_token"),
+    "TiktokenTokenizer": ("special_tokens", "eod_token", "pattern", "num_special_tokens", "vocab_size"),
     "YocoTiktokenTokenizer": (),
     "HuggingFaceTokenizer": ("eod_token", "engine", *_FILES),
     "SentencePieceTokenizer": ("eod_token",),
     "ByteTokenizer": (),
 }
-_FLAGS = {"special_tokens": "--tokenizer-special-tokens", "engine": "--tokenizer-engine"}
+_FLAGS = {
+    "special_tokens": "--tokenizer-special-tokens",
+    "engine": "--tokenizer-engine",
+    "pattern": "--tiktoken-pattern",
+    "num_special_tokens": "--tiktoken-num-special-tokens",
+}
 _MODEL_MEANS = {
     "TiktokenTokenizer": "a rank file, as tools/train_tokenizer.py writes it, or an encoding such as cl100k_base",
     "YocoTiktokenTokenizer": "a rank file, or cl100k_base",
@@ -65,6 +70,8 @@ def build_tokenizer(
             raise UserError(
                 f"{kind} takes no {flag} (option {name}). Its options are: {', '.join(_OPTIONS[kind]) or 'none'}."
             )
+        if not _fits(name, options[name]):
+            raise UserError(f"{kind}: the option {name} has the value {options[name]!r}, which is none for it.")
     if kind == "ByteTokenizer":
         return ByteTokenizer()
     if model is None and not (kind == "HuggingFaceTokenizer" and "vocab_file" in options):
@@ -88,6 +95,14 @@ def build_tokenizer(
     from megayoco.data.tokenizer.bpe import TiktokenTokenizer
 
     return TiktokenTokenizer(model, options)
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name == "special_tokens":
+        return isinstance(value, (list, tuple)) and all(isinstance(token, str) for token in value)
+    if name in ("num_special_tokens", "vocab_size"):
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, str)
 
 
 def canonical_type(tokenizer_type: str) -> str:
@@ -118,6 +133,8 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool =
         metavar="NAME",
         help="special tokens to add after the last id of a TiktokenTokenizer",
     )
+    add("--tiktoken-pattern", metavar="PATTERN", help="v1, v2 or an expression, for Megatron's TikTokenizer files (v2)")
+    add("--tiktoken-num-special-tokens", type=int, metavar="N", help="ids before the ranks in such a file (1000)")
     add("--tokenizer-engine", metavar="NAME", help="`tokenizers`: never encode a tokenizer.json by tiktoken (auto)")
     add("--eod-token", metavar="NAME", help="the special token that ends documents, where the model does not tell")
 
@@ -134,6 +151,8 @@ def tokenizer_from_arguments(args: argparse.Namespace) -> tuple[str, str | None,
         "merge_file": args.merge_file,
         "special_tokens": args.tokenizer_special_tokens,
         "eod_token": args.eod_token,
+        "pattern": args.tiktoken_pattern,
+        "num_special_tokens": args.tiktoken_num_special_tokens,
         "engine": args.tokenizer_engine,
     }
     if model is None and args.merge_file is None and args.vocab_file is not None:
@@ -150,7 +169,8 @@ def describe_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> 
             return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
         return path
 
-    options = {key: relative(value) if key in _FILES else value for key, value in tokenizer.options.items()}
+    kept = ((key, value) for key, value in tokenizer.options.items() if key != "engine")  # it decides no ids
+    options = {key: relative(value) if key in _FILES else value for key, value in kept}
     return {**tokenizer.identity(), "model": relative(tokenizer.model), "options": options}
 
 

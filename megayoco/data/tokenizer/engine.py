@@ -71,7 +71,7 @@ class TiktokenEngine:
                 special_tokens=self.special_tokens | {SEPARATOR: self.size},
             )
         except ValueError as error:  # the pattern is no regular expression
-            raise UserError(f"{model}.json: tiktoken refuses its pattern: {error}") from error
+            raise UserError(f"{model}: tiktoken refuses its pattern {pattern!r}: {error}") from error
         except OverflowError as error:
             raise UserError(f"{model}: a rank or the id of a special token is too large for tiktoken") from error
         self._bytes = np.zeros(self.size, np.uint32)
