@@ -8,13 +8,17 @@ Shapes: B batch, T tokens of the chunk, K head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from megayoco.ops.key_values import KeyValues as KeyValues  # the context of attention
 from megayoco.ops.rotary import apply_rotary, rotary_frequencies, rotary_table
+
+Made = TypeVar("Made")
 
 
 class Positions:
@@ -33,8 +37,7 @@ class Positions:
         self.index = index
         self.start = start
         self.consecutive = consecutive
-        # rotary tables depend on index alone; every layer of one kind asks for the same one
-        self._tables: dict[tuple[int, float, str], tuple[Tensor, Tensor]] = {}
+        self._made: dict[Any, Any] = {}
 
     @staticmethod
     def of_chunk(offset: int, length: int, device: torch.device, start: Tensor | None = None) -> Positions:
@@ -43,11 +46,17 @@ class Positions:
 
     def rotary(self, head_dim: int, theta: float, layout: str) -> tuple[Tensor, Tensor]:
         """cos and sin, each index.shape + (K/2,) in fp32, for one rotary base and layout."""
-        key = (head_dim, theta, layout)
-        if key not in self._tables:
-            frequencies = rotary_frequencies(head_dim, theta, layout).to(self.index.device)
-            self._tables[key] = rotary_table(self.index, frequencies)
-        return self._tables[key]
+
+        def make() -> tuple[Tensor, Tensor]:
+            return rotary_table(self.index, rotary_frequencies(head_dim, theta, layout).to(self.index.device))
+
+        return self.once((head_dim, theta, layout), make)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What follows from the positions alone, made for the first layer that asks and kept for the others."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]  # type: ignore[no-any-return]
 
     def first_visible(self, remembered: int) -> Tensor | None:
         """(B, T) int64 >= 0: number of the earliest key of each token's document, counted from the first of the

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megayoco.layers.context import KeyValues, Positions, Rotary
 from megayoco.layers.linear import Builder, ColumnLinear, Init, RowLinear
 from megayoco.ops.attention import causal_attention
-from megayoco.ops.attention_store import KeyValueStore, attention_over_store
+from megayoco.ops.attention_store import KeyValueStore, attention_over_store, plan_queries
 from megayoco.parallel.collectives import sum_gradient
 
 
@@ -39,7 +39,12 @@ class CrossAttention(nn.Module):
         if isinstance(left, KeyValueStore):
             # the store begins with the sequence: a key's number is its global index
             index = None if positions.consecutive else positions.index
-            y_BThK = attention_over_store(q_BThK, left, scale=scale, query_index=index, first_key=positions.start)
+            plan = positions.once(
+                ("plan", left.tokens), lambda: plan_queries(x.shape[1], left.tokens, index, positions.start)
+            )
+            y_BThK = attention_over_store(
+                q_BThK, left, scale=scale, query_index=index, first_key=positions.start, plan=plan
+            )
         else:
             # the keys hold the chunk's own tokens too
             first_key = positions.first_visible(left.key.shape[1] - x.shape[1])
