@@ -184,6 +184,10 @@ def _missing_remedy(prefix: str, path: str) -> str:
     found = sorted(wanted.parent.glob(f"{wanted.name}_*_document.idx")) if wanted.parent.is_dir() else []
     if found:
         return f"Did you mean the prefix {str(found[0])[:-4]}?"
+    if wanted.parent.is_dir():
+        for folder in sorted(wanted.parent.glob("*.partial")):
+            if wanted.name.startswith(f"{folder.stem}_"):
+                return f"{folder} holds an unfinished run of tools/preprocess_data.py: --resume there goes on with it."
     other = f"{prefix}.idx" if path.endswith(".bin") else f"{prefix}.bin"
     if os.path.exists(other):
         return f"Its partner {other} is there: the pair is incomplete. {_REBUILD}"

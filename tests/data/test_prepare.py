@@ -1,6 +1,7 @@
 """Preparation: the same bytes whatever the workers, the chunks and the interruptions; nothing lost without a word."""
 
 import fcntl
+import gzip
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from megayoco.data import encode, partial, prepare, workers
 from megayoco.data.encode import Task
-from megayoco.data.indexed import check_prefix
+from megayoco.data.indexed import check_prefix, read_index
 from megayoco.data.inputs import find_inputs
 from megayoco.data.prepare import Interrupted, preprocess
 from megayoco.data.tokenizer import ByteTokenizer
@@ -484,6 +485,34 @@ def test_a_worker_that_dies_or_fails_ends_the_run_with_the_place(tmp_path, monke
         with pytest.raises(error, match=message):
             preprocess(sources, str(tmp_path / "o" / "c"), BYTES, workers=2, chunk_bytes=200)
         assert list((tmp_path / "o").iterdir()) == []
+
+
+def test_a_killed_worker_ends_the_run_and_what_was_done_is_kept(driver, tmp_path):
+    process = driver(tmp_path / "o" / "c", workers=2)
+    wait_for_records(process, 60)
+    (first, _) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(first), signal.SIGKILL)
+    _, error = process.communicate()
+    assert process.returncode == 2
+    assert "a worker process died (exit code -9)" in error and "--resume goes on" in error
+    with pytest.raises(UserError, match=r"c\.partial holds an unfinished run"):
+        read_index(str(tmp_path / "o" / "c_text_document"))
+
+
+def test_a_damaged_file_is_counted_and_the_next_one_read(tmp_path):
+    good = {"text": "good"}
+    packed = gzip.compress(lines_of([{"text": os.urandom(50).hex()} for _ in range(100)]))
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[:-1000])
+    write(tmp_path / "b.jsonl", good)
+    sources = find_inputs([str(tmp_path)]).sources
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz, line \d+: the gzip data are cut short after line \d+\. Copy"):
+        preprocess(sources, str(tmp_path / "o" / "c"), BYTES)
+    totals = preprocess(sources, str(tmp_path / "o" / "c"), SKIP)
+    (listed,) = (json.loads(line) for line in (tmp_path / "o" / "c_skipped.jsonl").read_text().splitlines())
+    tokens = tokens_of(tmp_path / "o" / "c_text_document")
+    assert totals.skipped == 1
+    assert len(tokens) == listed["line"] > 50  # the whole lines before the damage, and the file behind it
+    assert tokens[-1] == [*b"good", 256]
 
 
 def test_special_tokens_are_text_unless_allowed(tmp_path, monkeypatch):
