@@ -17,11 +17,12 @@ REQUIRES = [
     "pyarrow>=18.0",
     "pydantic>=2.9",
     "pyyaml>=6.0",
+    "regex>=2024.5",
     "rich>=13.0",
     "safetensors>=0.5",
     "sentencepiece>=0.2",
     "tensorboard>=2.18",
-    "tiktoken>=0.9",
+    "tiktoken>=0.13",
     "tokenizers>=0.21",
     "torch>=2.11",
     # megatron-core imports it from 0.19 on, GPU or not; 0.19 needs Python 3.12
