@@ -34,11 +34,10 @@ _SPLITS = re.compile(r"(?:.*[-_.])?(train|test|validation|valid|val|dev)(?:[-.]\
 _ENDINGS = re.compile(r"(\.(jsonl|json|ndjson|parquet|arrow|txt|text|md|rst))?(\.(gz|zst|zstd))?$", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """A file to read: its path ("-" is stdin), one of FORMATS, its size in bytes and modification time in ns."""
 
-    __slots__ = ("format", "modified", "path", "size")
     path: str
     format: str
     size: int

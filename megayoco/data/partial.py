@@ -87,6 +87,7 @@ class PartialRun:
         position, totals: where the run stands.
         complete: everything is encoded, and only the files must be given their names.
         resumed: an unfinished run was found.
+        kept_records: records that a resumed run would not read again.
 
     Raises:
         UserError: another run holds the lock; outputs or an unfinished run exist and nothing says what to do with
@@ -114,7 +115,7 @@ class PartialRun:
         self._between = True  # chunks, not in the middle of one
         self._files: dict[str, TokenFiles] = {}
         self._skipped: IO[str] | None = None
-        self._recorded_bytes, self._recorded_at = 0, time.monotonic()
+        self._recorded_bytes, self._recorded_at, self.kept_records = 0, time.monotonic(), 0
         make_folder_of(prefix)
         self._lock = _lock(self.folder)
         try:
@@ -201,6 +202,7 @@ class PartialRun:
         except OSError as error:
             raise UserError(f"cannot write {self._state_path}: {error.strerror}") from error
         self._recorded_bytes, self._recorded_at = self.totals.text_bytes, time.monotonic()
+        self.kept_records = self.totals.records
 
     def publish(self, metas: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the indexes and give everything its name. A run that is killed in here is finished by --resume.
@@ -243,7 +245,7 @@ class PartialRun:
                 f"{self.folder} holds an unfinished run. Give --resume to go on with it, or --overwrite to begin again."
             )
         self._refuse_existing()
-        self._clean()
+        _clean(self.folder)
         try:
             settings = {**self._settings, "--overwrite": self._overwrite}
             _write_synced(self.folder / "settings.json", json.dumps(settings, indent=1))
@@ -271,7 +273,7 @@ class PartialRun:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self._state_path} is not the state of a run. {remedy}") from error
         _compare(settings, json.loads(json.dumps(self._settings)), self.folder, self.totals.skipped)
-        self._recorded_bytes, self.resumed = self.totals.text_bytes, True
+        self._recorded_bytes, self.kept_records, self.resumed = self.totals.text_bytes, self.totals.records, True
 
     def _open(self) -> None:
         for key in self.totals.keys:
@@ -291,21 +293,33 @@ class PartialRun:
             with suppress(OSError):  # a full disk, which was reported already
                 self._skipped.close()
 
-    def _clean(self) -> None:
-        """Remove what a run writes, state first: a run that is killed in between must not find half of the files."""
-        self._state_path.unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            if path.name != "lock" and path.name.endswith((*_KINDS, ".lengths", ".json", ".jsonl", ".tmp")):
-                path.unlink()
-
     def _remove(self) -> None:
-        if self._removed:  # by now the folder may be that of another run
-            return
-        self._removed = True
-        with suppress(OSError):  # something of the user's lies in it
-            self._clean()
-            (self.folder / "lock").unlink(missing_ok=True)
-            self.folder.rmdir()
+        if not self._removed:  # else the folder may be that of another run by now
+            self._removed = True
+            _remove(self.folder)
+
+
+def remove_leftovers(prefix: str) -> None:
+    """Remove the folder of a run that was killed when it was all but finished. Raises UserError if one is writing."""
+    folder = Path(f"{prefix}.partial")
+    if folder.exists():
+        with _lock(folder):
+            _remove(folder)
+
+
+def _clean(folder: Path) -> None:
+    """Remove what a run writes, state first: a run that is killed in between must not find half of the files."""
+    (folder / "state.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name != "lock" and path.name.endswith((*_KINDS, ".lengths", ".json", ".jsonl", ".tmp")):
+            path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):  # something of the user's lies in it
+        _clean(folder)
+        (folder / "lock").unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _lock(folder: Path) -> IO[str]:

@@ -23,7 +23,7 @@ from megayoco.data.encode import Task
 from megayoco.data.files import read_json_object
 from megayoco.data.indexed_writer import pair_paths
 from megayoco.data.inputs import STDIN, Source
-from megayoco.data.partial import Counts, PartialRun, Totals
+from megayoco.data.partial import Counts, PartialRun, Totals, remove_leftovers
 from megayoco.data.tokenizer import Tokenizer, describe_tokenizer
 from megayoco.data.workers import Encoder
 from megayoco.errors import UserError
@@ -73,9 +73,10 @@ def preprocess(
         raise UserError("--resume needs input that can be read again, not stdin (-). Write it to a file first.")
     tokenizer = task.build_tokenizer()
     keys = list(task.fields)
-    if resume and not os.path.exists(f"{output_prefix}.partial"):
+    if resume and not os.path.exists(f"{output_prefix}.partial/state.json"):
         finished = _finished(output_prefix, sources, task, tokenizer)
         if finished is not None:
+            remove_leftovers(output_prefix)
             report(finished)
             return finished
     size = sum(source.size for source in sources)
@@ -102,10 +103,10 @@ def preprocess(
         except _ChangedError:
             raise
         except UserError as error:
-            kept = f" {run.totals.records:,} documents are kept: --resume goes on." if run.kept else ""
+            kept = f" {run.kept_records:,} documents are kept: --resume goes on." if run.kept else ""
             raise UserError(f"{error}{kept}") from error
         except KeyboardInterrupt as error:
-            kept = f"{run.totals.records:,} documents are kept: run it again with --resume to go on"
+            kept = f"{run.kept_records:,} documents are kept: run it again with --resume to go on"
             raise Interrupted(kept if run.kept else "nothing was written") from error
     return run.totals
 

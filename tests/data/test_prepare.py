@@ -351,6 +351,8 @@ def test_resume_without_an_unfinished_run(expected, tmp_path, monkeypatch):
     assert outputs(tmp_path) == files
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     monkeypatch.setattr(encode, "encode_chunk", None)
+    (tmp_path / "c.partial").mkdir()  # it was killed when only the folder was left
+    (tmp_path / "c.partial" / "settings.json").write_text("{}")
     again = preprocess(sources, prefix, TWO_KEYS, resume=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     assert again.keys == first.keys and again.skipped == first.skipped
