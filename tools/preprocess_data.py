@@ -26,9 +26,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from megayoco.data.command import ProgressReport, dashed, positive_int, run_command
-from megayoco.data.encode import Task
+from megayoco.data.encode import Task, Totals
 from megayoco.data.inputs import FORMATS, find_inputs
-from megayoco.data.partial import Totals
 from megayoco.data.prepare import preprocess
 from megayoco.data.tokenizer import add_tokenizer_arguments, tokenizer_from_arguments
 from megayoco.errors import UserError

@@ -96,6 +96,35 @@ class Result:
     problems: list[Problem]
 
 
+@dataclass
+class Counts:
+    """What became of one key so far."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Totals:
+    """What became of the whole input so far; `read` bytes of `size` on disk, `records` used and `skipped`."""
+
+    size: int
+    read: int = 0
+    records: int = 0
+    skipped: int = 0
+    keys: dict[str, Counts] = field(default_factory=dict)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(count.text_bytes for count in self.keys.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(count.tokens for count in self.keys.values())
+
+
 def encode_chunk(chunk: Chunk, task: Task, tokenizer: Tokenizer) -> Result:
     """Encode the records of a chunk, whose content is taken out; blank lines count for nothing.
 

@@ -17,13 +17,13 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from megayoco.data.chunks import Position
-from megayoco.data.encode import Result
+from megayoco.data.encode import Counts, Result, Totals
 from megayoco.data.files import read_json_object
 from megayoco.data.indexed_writer import (
     TokenFiles,
@@ -38,35 +38,6 @@ from megayoco.errors import UserError
 RECORD_BYTES = 64 << 20
 RECORD_SECONDS = 5.0
 _KINDS = ("bin", "meta.json", "idx")
-
-
-@dataclass
-class Counts:
-    """What became of one key so far."""
-
-    documents: int = 0
-    empty_documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-
-
-@dataclass
-class Totals:
-    """What became of the whole input so far; `read` bytes of `size` on disk, `records` used and `skipped`."""
-
-    size: int
-    read: int = 0
-    records: int = 0
-    skipped: int = 0
-    keys: dict[str, Counts] = field(default_factory=dict)
-
-    @property
-    def text_bytes(self) -> int:
-        return sum(count.text_bytes for count in self.keys.values())
-
-    @property
-    def tokens(self) -> int:
-        return sum(count.tokens for count in self.keys.values())
 
 
 class PartialRun:

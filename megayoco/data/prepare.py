@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from megayoco.data.chunks import CHUNK_BYTES, read_inputs
-from megayoco.data.encode import Task
+from megayoco.data.encode import Counts, Task, Totals
 from megayoco.data.files import read_json_object
 from megayoco.data.indexed_writer import pair_paths
 from megayoco.data.inputs import STDIN, Source
-from megayoco.data.partial import Counts, PartialRun, Totals, remove_leftovers
+from megayoco.data.partial import PartialRun, remove_leftovers
 from megayoco.data.tokenizer import Tokenizer, describe_tokenizer
 from megayoco.data.workers import Encoder
 from megayoco.errors import UserError

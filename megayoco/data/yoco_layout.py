@@ -19,10 +19,9 @@ from typing import Any
 
 import yaml
 
-from megayoco.data.encode import JOINED_LINES, Task
+from megayoco.data.encode import JOINED_LINES, Task, Totals
 from megayoco.data.files import write_text_atomically
 from megayoco.data.inputs import Inputs, find_inputs
-from megayoco.data.partial import Totals
 from megayoco.data.prepare import preprocess
 from megayoco.errors import UserError
 
