@@ -623,7 +623,8 @@ def _rounded(
     for number, dtype in enumerate(dtypes):
         gradient, gradients[number] = gradients[number], None
         if gradient is not None and factor is not None:
-            gradient.mul_(factor.to(gradient.dtype))
+            # not in the gradient's own dtype: bf16 would round the factor, the same way for all that comes before
+            gradient = gradient.to(torch.promote_types(gradient.dtype, factor.dtype)).mul_(factor)
         rounded.append(None if gradient is None else gradient.to(dtype))
     return rounded
 

@@ -127,6 +127,23 @@ def test_bf16_stays_within_its_rounding() -> None:
         assert (got[name] - gradient).norm() / size < 1.5 * (plain[name] - gradient).norm() / size + 0.01, name
 
 
+def test_the_gradient_for_an_earlier_stage_is_scaled_without_rounding_the_factor() -> None:
+    model, factor = decoder("retention", torch.bfloat16), 1 / 11
+    tokens, targets, starts = batch(64, rows=1)
+    first, second = split_stages(model, 2, 2)
+    with torch.no_grad():
+        hidden, _ = banded_stage(first, Bands(4), tokens, starts)
+    got = []
+    for scale in (1.0, factor):
+        leaf = hidden.clone().requires_grad_()
+        (banded_loss(second, Bands(4), leaf, targets, starts)[0] * scale).backward()
+        assert leaf.grad is not None
+        got.append(leaf.grad.double())
+    expected, scaled = got[0] * factor, got[1]
+    # one rounding per element, without a common direction
+    assert abs((scaled * expected).sum() / expected.square().sum() - 1) < 3e-4
+
+
 def split_stages(model: Decoder, border: int, pattern_shared: int) -> tuple[Stage, Stage]:
     """The model cut in front of block `border` of [self layers, shared, cross layers]."""
     layers = list(model.layers)
