@@ -356,9 +356,9 @@ def check_memory(estimate: MemoryEstimate, device: torch.device, local_size: int
 
 
 def _remedy(run: RunConfig | None) -> str:
-    bands = "parallel.sequence or parallel.bands, " if run is not None and run.model.pattern == "yoco" else ""
+    bands = "parallel.bands, " if run is not None and run.model.pattern == "yoco" else ""
     return (
-        f"Use more processes with parallel.tensor or parallel.pipeline, {bands}a higher ZeRO stage, "
+        f"Use more processes with parallel.tensor, parallel.pipeline or parallel.sequence, {bands}a higher ZeRO stage, "
         "parallel.activation_checkpointing=true, a smaller micro_batch_size or a smaller model."
     )
 

@@ -67,7 +67,7 @@ class Session:
         self.timeline = Timeline.of(self.run)
         with all_ranks_agree():
             self.memory: MemoryEstimate = estimate_memory(self.run, config, self.topology)
-            check_memory(self.memory, device, launch.local_size or 1)
+            check_memory(self.memory, device, launch.local_size or 1, self.run)
         with all_ranks_agree():
             self.plan: OutputPlan = plan_output(self.run, resume=request.resume, overwrite=request.overwrite)
             if self.plan.checkpoint is not None:

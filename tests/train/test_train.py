@@ -280,3 +280,13 @@ def test_bands_that_do_not_fit_are_refused(train, tmp_path):
     )
     assert llama.code == 2
     assert "phases.1.bands is 2, but in the llama pattern" in llama.err
+
+
+def test_a_run_that_does_not_fit_is_told_what_helps_it(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("megayoco.train.memory.available_host_memory", lambda: 2**14)
+    yoco = train(tmp_path / "yoco")
+    assert (yoco.code, "parallel.sequence, parallel.bands, a higher ZeRO stage" in yoco.err) == (2, True), yoco.err
+    llama = train(
+        tmp_path / "llama", "model={pattern: llama, dim: 32, layers: 2, hidden_dim: 64, heads: 2, vocab_size: 264}"
+    )
+    assert (llama.code, "parallel.sequence, a higher ZeRO stage" in llama.err) == (2, True), llama.err
