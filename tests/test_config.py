@@ -155,6 +155,8 @@ def test_a_wrong_file_is_refused_with_line_key_and_remedy(run_yaml, change, mess
     [
         ("parallel.tenser=2", "unknown key parallel.tenser. Did you mean parallel.tensor?"),
         ("phases.0.steps=many", "phases.0.steps must be an integer, got 'many'."),
+        ("parallel.bands=many", "parallel.bands must be an integer or 'auto', got 'many'."),
+        ("phases.0.bands=0", "phases.0.bands must be greater than 0 or 'auto', got 0."),
         ("phases.1.steps=20", "phases is a list of 1, its entries are 0 to 0."),
         ("phases.first.steps=20", "phases is a list of 1, its entries are 0 to 0."),
         ("data.train.prefix=x", "data.train holds a value, not keys."),

@@ -199,10 +199,12 @@ def _validated(cls: type[Any], values: Any, source: _Source) -> Any:
         problems = error.errors(include_url=False)
     # an unknown key first: a misspelt one also makes the right one missing
     problems.sort(key=lambda problem: problem["type"] != "unexpected_keyword_argument")
-    raise UserError(_message(cls, problems[0], source))
+    raise UserError(_message(cls, problems, source))
 
 
-def _message(cls: type[Any], problem: Any, source: _Source) -> str:
+def _message(cls: type[Any], problems: Sequence[Any], source: _Source) -> str:
+    """About the first of the problems."""
+    problem = problems[0]
     keys: Keys = problem["loc"]
     kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
     if kind == "unexpected_keyword_argument":
@@ -214,7 +216,14 @@ def _message(cls: type[Any], problem: Any, source: _Source) -> str:
             keys = (*keys, context["field"])
         text = f"{dotted(keys)} {context['message']}."
     else:
-        text = f"{dotted(keys)} {_requirement(kind, context, problem['msg'])}, got {_shown(value)}."
+        alternatives = [problem]
+        if keys and isinstance(keys[-1], str) and _section(cls, keys[:-1]) is None:
+            # a value that may be of several kinds has a problem with each, whose name stands behind the key
+            keys = keys[:-1]
+            alternatives = [other for other in problems if other["loc"][:-1] == keys]
+        needs = [_requirement(other["type"], other.get("ctx", {}), other["msg"]) for other in alternatives]
+        text = f"{dotted(keys)} {' or '.join([needs[0], *(x.removeprefix('must be ') for x in needs[1:])])}"
+        text += f", got {_shown(value)}."
     return f"{source.place(keys)}: {text}"
 
 
@@ -232,7 +241,8 @@ def _requirement(kind: str, context: dict[str, Any], fallback: str) -> str:
     if kind in ("dataclass_type", "dataclass_exact_type"):
         return "must hold keys and values"
     if kind == "literal_error":
-        return f"must be one of {context['expected']}"
+        several = " or " in context["expected"]
+        return f"must be {'one of ' if several else ''}{context['expected']}"
     if kind == "too_short":
         return f"must have at least {context['min_length']} entry"
     if kind == "string_too_short":
