@@ -99,7 +99,7 @@ class PhaseConfig:
     @model_validator(mode="after")
     def _check(self) -> "PhaseConfig":
         if (self.steps is None) == (self.tokens is None):
-            refuse("steps", "or tokens says how long the phase is: give exactly one of them")
+            refuse("steps", "or tokens says how long the phase is: give exactly one of them, and null for the other")
         if self.warmup_steps and self.warmup_tokens is not None:
             refuse("warmup_tokens", "and warmup_steps say the same: give one of them")
         if self.decay_steps is not None and self.decay_tokens is not None:

@@ -1,6 +1,7 @@
 """The data layout of the official YOCO code, turned into one indexed pair per source and a blend file.
 
-    DATA/json/train.json   [{"name": "CC", "weight": 0.5}, {"name": "Code", "count": 20, "source": [FILE, ...]}, ...]
+    DATA/json/train.json   [{"name": "CC", "weight": 0.5}, {"name": "Code", "weight": 0.2, "source": [FILE, ...]}, ...]
+                           or a count in place of every weight
     DATA/json/CC.json      [FILE, ...]: the shards of a source without an inline list; relative to DATA, or absolute
     DATA/shard/CC/0.jsonl  one object per line, its text under `text`, else `content`, else the list of lines
                            `raw_content_lines`
@@ -44,6 +45,8 @@ def read_layout(folder: str, split: str = "train") -> list[YocoSource]:
         UserError: a file is missing or not of this layout; a name, weight or file that cannot be used.
     """
     listing = os.path.join(folder, "json", f"{split}.json")
+    if not os.path.isdir(folder):
+        raise UserError(f"--yoco-data {folder} is no folder")
     entries = _read_list(listing, f"The folder has the splits: {_splits(folder)}. Choose one by --yoco-split.")
     sources: list[YocoSource] = []
     kinds = set()

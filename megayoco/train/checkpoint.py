@@ -186,7 +186,7 @@ def check_resumable(checkpoint: Checkpoint, run: RunConfig, topology: Topology, 
             continue
         remedy = "Resume with the same value, or start anew with --overwrite or another output_dir."
         if key.startswith("layout") or key == "zero_optimization.stage":
-            remedy = "Resuming on another layout arrives with a later release: resume on the old one, or start anew."
+            remedy = "A checkpoint resumes on the layout that wrote it: give that one, or start anew with --overwrite."
         raise UserError(f"{checkpoint.folder} was made with {key} = {before!r}, this run has {after!r}. {remedy}")
 
 

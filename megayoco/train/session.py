@@ -178,7 +178,7 @@ class Session:
         label, sources, most = phase_label(self.run.phases, number), datasets.shares, 10
         lines = [
             f"phase {label}: {100 * source.share:.4g} % of the samples from {source.prefix}, "
-            f"{source.tokens_per_epoch:,} tokens, {source.share * tokens / source.tokens_per_epoch:.3g} epochs"
+            f"{source.tokens_per_epoch:,} tokens an epoch, {source.share * tokens / source.tokens_per_epoch:.3g} epochs"
             for source in sources[:most]
         ]
         if len(sources) > most:
