@@ -124,7 +124,7 @@ def test_another_run_is_refused(run, change, message):
 
 def test_another_layout_is_refused_with_the_axis(run):
     found = find_latest(write_checkpoint(run, 5))
-    with pytest.raises(UserError, match=r"layout tensor = 1, this run has 2.*later release"):
+    with pytest.raises(UserError, match=r"layout tensor = 1, this run has 2.*start anew"):
         check_resumable(found, run, topology(tensor=2), DS)
     with pytest.raises(UserError, match=r"zero_optimization.stage = 1, this run has 2"):
         check_resumable(found, run, topology(), {"zero_optimization": {"stage": 2}})
