@@ -33,6 +33,7 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     sequence: int = 1
+    bands: int = 1
     zero: int = 0
     micro_batch: int = 2
     checkpointing: bool = False
@@ -40,6 +41,7 @@ class Layout:
     def __str__(self) -> str:
         return (
             f"t{self.tensor}-p{self.pipeline}-s{self.sequence}-world{self.world}-zero{self.zero}-micro{self.micro_batch}"
+            + (f"-bands{self.bands}" * (self.bands > 1))
             + ("-checkpointing" * self.checkpointing)
         )
 
@@ -58,6 +60,8 @@ LAYOUTS = {
         Layout(4, tensor=2, zero=2),
         Layout(4, pipeline=2, zero=1),
         Layout(4, sequence=2, zero=2),
+        Layout(4, sequence=2, zero=3, bands=4),
+        Layout(4, tensor=2, sequence=2, zero=1, bands=8, micro_batch=4),
     ],
     "yoco-window": [
         Layout(4, tensor=4),
@@ -65,6 +69,7 @@ LAYOUTS = {
         Layout(2, zero=3),
         Layout(4, sequence=4, micro_batch=4),
         Layout(4, sequence=2, pipeline=2, zero=1),
+        Layout(4, sequence=2, pipeline=2, zero=1, bands=2, checkpointing=True),
     ],
     "llama": [
         Layout(4, sequence=2, zero=3, checkpointing=True),
@@ -121,6 +126,7 @@ def run(
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
             "sequence": layout.sequence,
+            "bands": layout.bands,
             "activation_checkpointing": layout.checkpointing,
         },
         "data": {
@@ -197,6 +203,7 @@ BF16 = [  # the last entry: what gradients of the micro-batches are summed in
     ("yoco-retention", Layout(4, tensor=2, zero=1), "bf16"),
     ("yoco-retention", Layout(4, sequence=4, zero=2), "fp32"),
     ("yoco-window", Layout(2, sequence=2, zero=1), "bf16"),
+    ("yoco-tied", Layout(4, sequence=2, pipeline=2, zero=1, bands=4), "fp32"),
     ("yoco-window", Layout(4, tensor=2, pipeline=2, zero=1), "bf16"),
 ]
 
