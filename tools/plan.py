@@ -64,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--interconnect", type=positive, default=400.0, metavar="GBIT/S",
         help="network between nodes, one way (400)")  # fmt: skip
     add("--host-link", type=positive, default=50.0, metavar="GB/S", help="to main memory, for offloading (50)")
-    add("--peak-tflops", type=positive, default=989.5, metavar="T", help="dense peak in the run's format (989.5, H100)")
+    add("--peak-tflops", type=positive, metavar="T",
+        help="dense peak in the run's format (an H100's: 989.5 in bf16 and fp16, 67 in fp32)")  # fmt: skip
     add("--matmul-efficiency", type=share, default=0.65, metavar="E", help="share of the peak in products (0.65)")
     add("--attention-efficiency", type=share, default=0.5, metavar="E", help="the same in attention (0.5)")
     add("--network-efficiency", type=share, default=0.7, metavar="E", help="share of the bandwidths reached (0.7)")
@@ -82,28 +83,25 @@ def main(arguments: Sequence[str]) -> None:
     from megayoco.config import load_config
     from megayoco.dsconfig import load_deepspeed_config, precision
     from megayoco.train.engine import engine_config
-    from megayoco.train.planning import Axes, Cluster, check_batches, plan_run, search_layouts
+    from megayoco.train.metrics import PEAK_TFLOPS
+    from megayoco.train.planning import Axes, check_batches, plan_run, search_layouts
 
-    cluster = Cluster(
-        gpus=options.gpus,
-        gpu_memory=options.gpu_memory * 2**30,
-        gpus_per_node=min(options.gpus_per_node, options.gpus),
-        intra_node=options.intra_node / 2 * 1e9,
-        interconnect=options.interconnect / 8 * 1e9,
-        host_link=options.host_link * 1e9,
-        peak=options.peak_tflops * 1e12,
-        matmul_efficiency=options.matmul_efficiency,
-        attention_efficiency=options.attention_efficiency,
-        network_efficiency=options.network_efficiency,
-        memory_share=options.memory_share,
-    )
     run = load_config(options.config, options.overrides)
+    parallel = run.parallel
+    if options.search:  # any layout will do to read the DeepSpeed config by
+        parallel = dataclasses.replace(parallel, tensor=1, pipeline=1, sequence=1)
+        data = 1
+    else:
+        parallel.validate(run.model, options.gpus)
+        data = parallel.data(options.gpus)
+    check_batches(run, data)
+    read_for = dataclasses.replace(run, parallel=parallel)
+    ds_config = engine_config(load_deepspeed_config(options.deepspeed_config, read_for, data, "cuda"))
+    kind = precision(ds_config)
+    cluster = make_cluster(options, PEAK_TFLOPS["H100"][1 if kind == "fp32" else 0])
     result: dict[str, Any] = {"cluster": dataclasses.asdict(cluster)}
+    print_head(run, cluster, kind)
     if options.search:
-        # any layout will do to read the rest of the DeepSpeed config by
-        alone = dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, tensor=1, pipeline=1, sequence=1))
-        ds_config = engine_config(load_deepspeed_config(options.deepspeed_config, alone, 1, "cpu"))
-        print_head(run, cluster, precision(ds_config))
         found = search_layouts(run, ds_config, cluster)
         print_search(found)
         result["search"] = {
@@ -112,12 +110,7 @@ def main(arguments: Sequence[str]) -> None:
             "plans": [plan_values(plan) for plan in found.plans[:SHOWN]],
         }
     else:
-        run.parallel.validate(run.model, options.gpus)
-        data = run.parallel.data(options.gpus)
-        check_batches(run, data)
-        ds_config = engine_config(load_deepspeed_config(options.deepspeed_config, run, data, "cpu"))
-        axes = Axes(run.parallel.tensor, run.parallel.pipeline, run.parallel.sequence, data)
-        print_head(run, cluster, precision(ds_config))
+        axes = Axes(parallel.tensor, parallel.pipeline, parallel.sequence, data)
         plan = plan_run(run, ds_config, axes, cluster)
         print_plan(plan, cluster)
         result["plan"] = plan_values(plan)
@@ -126,6 +119,25 @@ def main(arguments: Sequence[str]) -> None:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--json {options.json} cannot be written: {error.strerror}.") from None
+
+
+def make_cluster(options: argparse.Namespace, peak_tflops: float) -> "Cluster":
+    """The flags in bytes, operations and seconds; `peak_tflops` where no flag says otherwise."""
+    from megayoco.train.planning import Cluster
+
+    return Cluster(
+        gpus=options.gpus,
+        gpu_memory=options.gpu_memory * 2**30,
+        gpus_per_node=min(options.gpus_per_node, options.gpus),
+        intra_node=options.intra_node / 2 * 1e9,
+        interconnect=options.interconnect / 8 * 1e9,
+        host_link=options.host_link * 1e9,
+        peak=(options.peak_tflops or peak_tflops) * 1e12,
+        matmul_efficiency=options.matmul_efficiency,
+        attention_efficiency=options.attention_efficiency,
+        network_efficiency=options.network_efficiency,
+        memory_share=options.memory_share,
+    )
 
 
 def print_head(run: "RunConfig", cluster: "Cluster", precision: str) -> None:
@@ -180,8 +192,11 @@ def print_plan(plan: "Plan", cluster: "Cluster") -> None:
     for name in sorted({name for phase in phases for name in phase.sent}):
         row(f"  {name}", [f"{phase.sent.get(name, 0) / 2**30:.3f}" for phase in phases])
     row("TFLOP per GPU and step", [""] * len(phases))
-    row("  of the model", [f"{phase.model_flops / 1e12:,.0f}" for phase in phases])
-    row("  executed", [f"{phase.executed_flops / 1e12:,.0f}" for phase in phases])
+    for name, flops in (
+        ("of the model", [phase.model_flops / 1e12 for phase in phases]),
+        ("executed", [phase.executed_flops / 1e12 for phase in phases]),
+    ):
+        row(f"  {name}", [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in flops])
     row("seconds per step", [f"{phase.seconds_per_step:.2f}" for phase in phases])
     for name in phases[0].seconds:
         values = [phase.seconds[name] for phase in phases]

@@ -141,7 +141,8 @@ def test_prints_every_phase_and_writes_json(tmp_path: Path, capsys: pytest.Captu
     for text in ("4k", "1m", "1,048,576", "32, 4,096", "sequence/shared_kv_gradient", "model FLOP utilisation", "yes"):
         assert text in out
     values = json.loads(target.read_text())["plan"]
-    assert [phase["bands"] for phase in values["phases"]] == [1, 1, 4, 32]
+    run_config = load_config(EXAMPLE, ["phases.3.bands=32"])
+    assert [phase["bands"] for phase in values["phases"]] == [run_config.phase_bands(number) for number in range(4)]
     assert values["axes"] == {"tensor": 2, "pipeline": 1, "sequence": 8, "data": 4}
     assert run("--config", EXAMPLE, "--deepspeed-config", ZERO2, "--gpus", 64, "--search", "--json", target) == 0
     table = capsys.readouterr().out
