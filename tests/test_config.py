@@ -286,7 +286,7 @@ def test_a_sequence_that_cannot_be_cut_into_equal_chunks_names_phase_numbers_and
         "phases.0.sequence_length 256 cannot be cut into equal chunks for parallel.sequence 6: it leaves 4 tokens. Use "
         "252, or change one of the others."
     )
-    assert "for parallel.sequence 4 x 3 bands = 12: it leaves 4 tokens" in refusal(
+    assert "for parallel.sequence 4 x phases.0.bands 3 = 12: it leaves 4 tokens" in refusal(
         run_yaml(), "parallel.sequence=4", "phases.0.bands=3"
     )
 

@@ -230,7 +230,8 @@ class RunConfig:
             bands = self.phase_bands(number)
             chunks = ranks * (1 if bands == "auto" else bands)
             if phase.sequence_length % chunks:
-                count = f"parallel.sequence {ranks}" + ("" if chunks == ranks else f" x {bands} bands = {chunks}")
+                key = "parallel.bands" if phase.bands is None else f"phases.{number}.bands"
+                count = f"parallel.sequence {ranks}" + ("" if chunks == ranks else f" x {key} {bands} = {chunks}")
                 nearest = max(phase.sequence_length // chunks, 1) * chunks
                 refuse(
                     f"phases.{number}.sequence_length",

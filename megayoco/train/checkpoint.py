@@ -72,6 +72,7 @@ def run_identity(run: RunConfig, topology: Topology, ds_config: dict[str, Any], 
         phase, data = run.phases[number], run.phase_data(number)
         values[f"phases.{number}.sequence_length"] = phase.sequence_length
         values[f"phases.{number}.batch_size"] = phase.batch_size
+        values[f"phases.{number}.rope_theta"] = run.phase_rope_theta(number)
         for key, value in {**data.order_settings(), "document_mask": data.document_mask}.items():
             values[f"data.{key} of phase {number}"] = value
         if number < position.phase:

@@ -95,6 +95,8 @@ def phase_notes(run: RunConfig) -> list[str]:
         label, length, theta = phase_label(run.phases, number), phase.sequence_length, run.phase_rope_theta(number)
         if length < longest:
             notes.append(f"phase {label}: {length:,} tokens, after a phase of {longest:,}; the context shrinks")
+        if number == 0 and phase.optimizer_state == "reset":
+            notes.append(f"phase {label}: optimizer_state reset means nothing in the first phase")
         if number:
             before, base = run.phases[number - 1].sequence_length, run.phase_rope_theta(number - 1)
             if theta != base and length == before:

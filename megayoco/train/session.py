@@ -59,6 +59,7 @@ class Session:
             self.run: RunConfig = with_blend_files(load_config(request.config, list(request.overrides)))
             data_size = self._check_layout()
             self.ds_config = load_deepspeed_config(request.deepspeed_config, self.run, data_size, device)
+            self._check_precision()
             self.backends = describe_backends(device)
         self.topology: Topology = build_topology(self.run.parallel, self.run.model)
         config = engine_config(self.ds_config)
@@ -152,6 +153,18 @@ class Session:
             except UserError as error:
                 raise UserError(f"phases.{number}: {error}") from None
         return data_size
+
+    def _check_precision(self) -> None:
+        # a walk over bands makes all gradients before DeepSpeed's loss scale is known: what overflows in it would
+        # overflow at every scale
+        if precision(self.ds_config) != "fp16":
+            return
+        for number, phase in enumerate(self.run.phases):
+            if self.run.phase_bands(number) != 1:
+                key = "parallel.bands" if phase.bands is None else f"phases.{number}.bands"
+                raise UserError(
+                    f"{key} needs bf16 or fp32: in fp16 the loss scale does not reach into bands. Set it to 1."
+                )
 
     def _tokenizer(self) -> Any:
         tokenizer = resolve_tokenizer(self.run.data, *map(self.run.phase_data, range(len(self.run.phases))))

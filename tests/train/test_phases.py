@@ -91,5 +91,14 @@ def test_unusual_courses_of_length_and_rotary_base_are_told():
     assert notes((128, None), (64, None)) == ["phase 1: 64 tokens, after a phase of 128; the context shrinks"]
     assert notes((64, None), (64, 5e4)) == ["phase 1: rope_theta changes from 10000 to 50000 at the same length"]
     assert notes((64, 5e4), (128, None)) == ["phase 1: rope_theta falls from 50000 to 10000 while the context grows"]
+    first = phase_notes(
+        RunConfig(
+            model=ModelConfig(dim=32, layers=2, hidden_dim=64, heads=2, vocab_size=64),
+            data=DataConfig(train="x"),
+            phases=[phase(optimizer_state="reset")],
+            output_dir="x",
+        )
+    )
+    assert first == ["phase 0: optimizer_state reset means nothing in the first phase"]
     window = notes((64, None), self_mixer="window", window=64)
     assert window == ["phase 0: the window of 64 tokens covers sequences of 64"]

@@ -284,7 +284,11 @@ def test_bands_are_chosen_by_the_memory(train, tmp_path, monkeypatch):
     assert (result.code, "phases.1: bands auto finds no number that fits" in result.err) == (2, True)
 
 
-def test_bands_that_do_not_fit_are_refused(train, tmp_path):
+def test_bands_that_do_not_fit_are_refused(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as gpu:  # a CPU has no fp16
+        gpu.setattr("megayoco.train.session.precision", lambda _: "fp16")
+        half = train(tmp_path / "fp16", "phases.1.bands=2")
+    assert (half.code, "phases.1.bands needs bf16 or fp32" in half.err) == (2, True)
     odd = train(tmp_path / "odd", "parallel.bands=5")
     assert (odd.code, "phases.0.sequence_length" in odd.err) == (2, True)
     llama = train(
