@@ -41,7 +41,7 @@ from megayoco.ops.attention_store import KeyValueStore
 from megayoco.ops.cross_entropy import IGNORED
 from megayoco.parallel.sequence import SequenceAxis
 
-ROWS = 4096
+ROWS, ROWS_CPU = 4096, 1024
 """Rows of the cross half whose graph exists at a time: enough for full speed, few beside a chunk's memory."""
 
 DENSE = 0.9
@@ -58,8 +58,8 @@ class Bands:
     """The ranks that share the sequence; None: this one has all of it."""
     order: str = "fused"
     """`fused` or `split`."""
-    rows: int = ROWS
-    """R, rows of the cross half at a time."""
+    rows: int | None = None
+    """R, rows of the cross half at a time; None: what suits the device."""
 
     @property
     def ranks(self) -> int:
@@ -224,6 +224,7 @@ class _Walk:
         self.stage, self.bands, self.chunk = stage, bands, T // bands.count
         self.inputs, self.shared = inputs.detach(), None if shared is None else KeyValues(*(x.detach() for x in shared))
         self.starts = starts
+        self.rows = bands.rows or (ROWS_CPU if inputs.device.type == "cpu" else ROWS)
         self.dtype: torch.dtype = inputs.dtype
         if stage.embed is not None:
             self.dtype = next(stage.embed.parameters()).dtype
@@ -478,8 +479,8 @@ class _Walk:
 
     def _all_blocks(self) -> Iterator[slice]:
         """Blocks of at most R rows of a chunk."""
-        for start in range(0, self.chunk, self.bands.rows):
-            yield slice(start, min(start + self.bands.rows, self.chunk))
+        for start in range(0, self.chunk, self.rows):
+            yield slice(start, min(start + self.rows, self.chunk))
 
     def _target_blocks(self, rows: Tensor | None, targets: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """Blocks of at most R rows of a chunk that carry targets, with those targets (B, rows)."""
@@ -492,7 +493,7 @@ class _Walk:
         wanted = targets.gather(1, rows)
         repeated = rows[:, 1:] == rows[:, :-1]  # padding: its loss counts once
         wanted[:, 1:].masked_fill_(repeated, IGNORED)
-        yield from zip(rows.split(self.bands.rows, 1), wanted.split(self.bands.rows, 1), strict=True)
+        yield from zip(rows.split(self.rows, 1), wanted.split(self.rows, 1), strict=True)
 
     def _head(self, x: Tensor, targets: Tensor) -> Tensor:
         assert self.stage.head is not None

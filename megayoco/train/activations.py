@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from megayoco.config import ModelConfig
-from megayoco.model.bands import ROWS
+from megayoco.model.bands import ROWS, ROWS_CPU
 from megayoco.ops import cross_entropy, retention
 from megayoco.ops.attention_store import KEYS_PER_SLICE
 
@@ -59,9 +59,6 @@ class Work:
     order: str = "fused"
     checkpointing: bool = False
     gpu: bool = False
-    rows: int = ROWS
-    """R at most."""
-
     @property
     def wide(self) -> int:
         """a."""
@@ -369,7 +366,7 @@ def _banded(work: Work, blocks: StageBlocks, parameters: tuple[float, float]) ->
     """A walk over bands (model/bands.py): what stays for all of it, and the largest of its moments: a block of rows of
     the cross half on top of the self half's graph, or that graph going backward, each at its beginning or its end."""
     C, w, D, B = work.chunk, work.width, work.model.dim, work.batch
-    R = min(work.rows, C)
+    R = min(ROWS if work.gpu else ROWS_CPU, C)
     cross, own = blocks.cross, blocks.self_half
     store = shared_bytes(work) if cross else 0.0
     gradients = shared_gradient_bytes(work) if cross else 0.0
