@@ -63,6 +63,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    load = [round(os.getloadavg()[0], 1)]
     text, models = make_inputs(folder, options.mb, options.vocab_size)
     size = sum(len(json.loads(line)["text"].encode()) for line in text.open(encoding="utf-8"))
     comparison: dict[str, Any] = {}
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "median": round(statistics.median(ratios), 2),
                 "rounds": [round(ratio, 2) for ratio in ratios],
             }
-    return {
+    result = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
@@ -95,6 +96,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "growth": {kind: growth(options, folder, kind, model, text, size) for kind, model in models.items()},
         "start": {kind: start(options, folder, kind, model) for kind, model in models.items()},
     }
+    # of this benchmark and of whatever else ran: above the number of cores, compare processor seconds
+    result["load_average"] = [*load, round(os.getloadavg()[0], 1)]
+    return result
 
 
 def summary(costs: list[Cost], size: int) -> dict[str, float]:
