@@ -256,7 +256,8 @@ def test_kill_9_and_resume_give_the_undisturbed_result(driver, tmp_path, workers
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_with_the_remedy(driver, tmp_path, number, code):
-    process = driver(tmp_path / "o" / "c", workers=2)
+    # a shell's background job, such as this suite may be, hands on that Ctrl-C is ignored
+    process = driver(tmp_path / "o" / "c", workers=2, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for_records(process, 60)
     process.send_signal(number)
     _, error = process.communicate()
