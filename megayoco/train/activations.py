@@ -59,6 +59,7 @@ class Work:
     order: str = "fused"
     checkpointing: bool = False
     gpu: bool = False
+
     @property
     def wide(self) -> int:
         """a."""
