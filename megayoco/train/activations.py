@@ -62,7 +62,7 @@ class Work:
 
     @property
     def wide(self) -> int:
-        """a."""
+        """a, bytes of a number that is summed over chunks: fp32 or wider."""
         return max(self.width, 4)
 
     @property
