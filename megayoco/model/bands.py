@@ -24,9 +24,7 @@ Source: YOCO, arXiv 2405.05254, sections 2 and 2.3 (the structure); the algorith
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from megayoco.layers.context import KeyValues, Positions
 from megayoco.layers.shared_kv import SharedKeyValues
 from megayoco.model.blocks import Head, Layer, run_block
+from megayoco.model.zero3 import whole_parameters, whole_until_the_end_of_backward
 from megayoco.ops.attention_store import KeyValueStore
 from megayoco.ops.cross_entropy import IGNORED
 from megayoco.parallel.sequence import SequenceAxis
@@ -125,11 +124,11 @@ def banded_loss(
     """
     count = (targets != IGNORED).sum()
     if not torch.is_grad_enabled():
-        with _whole_parameters(stage):
+        with whole_parameters(stage.parameters(), stage.modules()):
             walk = _Walk(stage, bands, inputs, starts, shared)
             return walk.evaluate(targets), count
     key, value = (None, None) if shared is None else shared
-    with _whole_parameters(stage):
+    with whole_parameters(stage.parameters(), stage.modules()):
         loss: Tensor = _BandedLoss.apply(stage, bands, targets, starts, inputs, key, value, *stage.parameters())  # type: ignore[no-untyped-call]
     return loss, count
 
@@ -178,7 +177,7 @@ class _BandedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of a banded loss were handed out already: backward runs once")
         gradients, ctx.gradients = ctx.gradients, None
-        _make_whole_until_the_end_of_backward(ctx.stage)
+        whole_until_the_end_of_backward(ctx.stage.parameters())
         return None, None, None, None, *_rounded(gradients, ctx.dtypes, dloss)
 
 
@@ -663,48 +662,3 @@ def _put(gradient: Tensor, rows: slice | Tensor, found: Tensor) -> None:
     else:
         # padding rows add zero to the row that they repeat
         gradient.scatter_add_(1, rows[..., None].expand(-1, -1, found.shape[2]), found)
-
-
-@contextmanager
-def _whole_parameters(stage: Stage) -> Iterator[None]:
-    """Under ZeRO 3: all parameters of the stage gathered once, and its modules free of DeepSpeed's hooks, which would
-    cut them again after each call and expect the same calls on every rank. Otherwise nothing."""
-    away = _gather_away(stage)
-    if away is None:
-        yield
-        return
-    hooked = [module for root in stage.modules() for module in root.modules()]
-    hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in hooked]
-    try:
-        for module in hooked:
-            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
-        yield
-    finally:
-        for module, (before, after) in zip(hooked, hooks, strict=True):
-            module._forward_pre_hooks, module._forward_hooks = before, after
-        _cut_again(away)
-
-
-def _make_whole_until_the_end_of_backward(stage: Stage) -> None:
-    """Under ZeRO 3 a parameter must be whole when autograd hands it a gradient."""
-    away = _gather_away(stage)
-    if away:
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _cut_again(away))  # type: ignore[attr-defined]
-
-
-def _gather_away(stage: Stage) -> list[Any] | None:
-    """Gathers the parameters that ZeRO 3 has cut; returns those, None without ZeRO 3. Collective."""
-    cut: list[Any] = [p for p in stage.parameters() if hasattr(p, "ds_id")]
-    if not cut:
-        return None
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    away = [p for p in cut if p.ds_status != ZeroParamStatus.AVAILABLE]
-    if away:
-        away[0].all_gather(param_list=away)
-    return away
-
-
-def _cut_again(away: list[Any]) -> None:
-    if away:
-        away[0].partition(param_list=away)
