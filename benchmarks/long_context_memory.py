@@ -3,13 +3,16 @@
     python benchmarks/long_context_memory.py [--model yoco-tiny] [--tokens 32768] [--bands 16] [--output FILE]
 
 Memory: one step of each form in a fresh process. Reported is the growth of the resident set from just before the step
-(weights and gradients allocated, kernels warm) to its peak, as Linux counts it (VmHWM). Growth with the sequence: the
-same at once, twice and four times as many tokens in chunks of constant size; the slope between the ends, in bytes per
-token, stands beside that of the formula (megayoco/train/activations.py).
+(weights and gradients allocated, kernels warm) to its peak, as Linux counts it (VmHWM): once with glibc's allocator as
+it comes, which keeps freed blocks of up to 32 MiB for later, and once told to return them (MALLOC_MMAP_THRESHOLD_), so
+that what is resident is what is held. Growth with the sequence: the same at once, twice and four times as many tokens
+in chunks of constant size, blocks returned; the slope between the ends, in bytes per token, stands beside that of
+the formula (megayoco/train/activations.py).
 
 Time: in one process, every form in turn, round after round, so that whatever else the machine does hits all alike;
 medians of the seconds and of the per-round ratios to the plain step. Among the forms is one step in bands with 1 % of
-the tokens carrying loss.
+the tokens carrying loss. Memory does not mind what else a machine does, time does: --part time measures that alone, and
+replaces it in a file that has the rest.
 """
 
 from __future__ import annotations
@@ -41,8 +44,10 @@ from megayoco.train.activations import Work, step_activations, whole_model
 MIXERS = ("retention", "window")
 SPARSE = 0.01
 TARGETS = {
-    "bands / plain, memory": 1 / 8,
-    "bands / plain with checkpointing, memory": 1 / 3,
+    "bands / plain, memory held": 1 / 8,
+    "bands / plain, memory resident": 1 / 8,
+    "bands / plain with checkpointing, memory held": 1 / 3,
+    "bands / plain with checkpointing, memory resident": 1 / 3,
     "slope / formula, at most": 1.15,
     "slope / formula, at least": 0.85,
     "bands / plain, time": 1.10,
@@ -57,7 +62,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--bands", type=int, default=16)
     parser.add_argument("--growth", type=int, nargs="*", default=[1, 2, 4], help="multiples of --tokens")
-    parser.add_argument("--rounds", type=int, default=3, help="of the timing; 0: none")
+    parser.add_argument("--rounds", type=int, default=5, help="of the timing")
+    parser.add_argument("--part", choices=["memory", "time"], help="measure this alone")
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=MIXERS)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="write the result as JSON as well")
@@ -67,66 +73,84 @@ def main() -> None:
     if options.job is not None:
         print(json.dumps(memory_of_a_step(**options.job)))
         return
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(options.threads),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
-        "shape": {"model": options.model, "tokens": options.tokens, "bands": options.bands, "dtype": "fp32"},
-        "mixers": {mixer: measure(mixer, options) for mixer in options.mixers},
-    }
+    result: dict[str, Any] = {}
+    if options.part and options.output and options.output.exists():
+        result = json.loads(options.output.read_text())
+    result["shape"] = {"model": options.model, "tokens": options.tokens, "bands": options.bands, "dtype": "fp32"}
+    result["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
+    for part, measure in (("memory", measure_memory), ("time", measure_time)):
+        if options.part in (None, part):
+            result[part] = {
+                "date": datetime.date.today().isoformat(),
+                "command": shlex.join(["python", *sys.argv]),
+                "machine": machine(options.threads),
+                "mixers": {mixer: measure(mixer, options) for mixer in options.mixers},
+            }
     result["targets"] = TARGETS
     report(result)
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(mixer: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything for one mixer of the self half."""
-    model, N, n = options.model, options.tokens, options.bands
-    forms: dict[str, dict[str, Any]] = {
-        "plain": dict(tokens=N),
-        "plain with checkpointing": dict(tokens=N, checkpointing=True),
-        "bands": dict(tokens=N, bands=n),
-        "bands with checkpointing": dict(tokens=N, bands=n, checkpointing=True),
-        "bands in split order": dict(tokens=N, bands=n, order="split"),
+def forms_of(tokens: int, bands: int) -> dict[str, dict[str, Any]]:
+    """The steps that are compared."""
+    return {
+        "plain": dict(tokens=tokens),
+        "plain with checkpointing": dict(tokens=tokens, checkpointing=True),
+        "bands": dict(tokens=tokens, bands=bands),
+        "bands with checkpointing": dict(tokens=tokens, bands=bands, checkpointing=True),
+        "bands in split order": dict(tokens=tokens, bands=bands, order="split"),
+        "bands with 1 % of the loss": dict(tokens=tokens, bands=bands, share=SPARSE),
     }
+
+
+def measure_memory(mixer: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Of every form, and the growth with the sequence, for one mixer of the self half."""
+    model, N, n = options.model, options.tokens, options.bands
     memory = {}
-    for name, form in forms.items():
-        memory[name] = in_fresh_process(options, model=model, mixer=mixer, **form)
+    for name, form in forms_of(N, n).items():
+        job = dict(model=model, mixer=mixer, **form)
+        memory[name] = in_fresh_process(options, True, **job)
+        memory[name]["resident"] = in_fresh_process(options, False, **job)["held"]
         print(f"{mixer}, {name}: {text(memory[name])}", flush=True)
     growth = []
     for times in options.growth:
         form = dict(tokens=times * N, bands=times * n)
-        once = memory["bands"] if times == 1 else in_fresh_process(options, model=model, mixer=mixer, **form)
+        job = dict(model=model, mixer=mixer, **form)
+        once = memory["bands"] if times == 1 else in_fresh_process(options, True, **job)
         growth.append({**form, **once})
         print(f"{mixer}, {times * N:,} tokens in {times * n} bands: {text(once)}", flush=True)
     found: dict[str, Any] = {"memory": memory, "growth": growth}
     ratios = {
-        f"bands / {other}, memory": memory["bands"]["growth"] / memory[other]["growth"]
+        f"bands / {other}, memory {kind}": memory["bands"][kind] / memory[other][kind]
         for other in ("plain", "plain with checkpointing")
+        for kind in ("held", "resident")
     }
     if len(growth) > 1:
         slopes = {
             kind: (growth[-1][kind] - growth[0][kind]) / (growth[-1]["tokens"] - growth[0]["tokens"])
-            for kind in ("growth", "formula")
+            for kind in ("held", "formula")
         }
         found["bytes_per_token"] = slopes
-        ratios["slope / formula"] = slopes["growth"] / slopes["formula"]
-    if options.rounds:
-        timed = {name: forms[name] for name in ("plain", "plain with checkpointing", "bands")}
-        timed["bands with 1 % of the loss"] = dict(forms["bands"], share=SPARSE)
-        seconds = time_in_turns(model, mixer, timed, options.rounds)
-        found["seconds"] = {name: summary(values) for name, values in seconds.items()}
-        for name, other in (
-            ("bands", "plain"),
-            ("bands", "plain with checkpointing"),
-            ("bands with 1 % of the loss", "bands"),
-        ):
-            pairs = zip(seconds[name], seconds[other], strict=True)
-            ratios[f"{name} / {other}, time"] = statistics.median(a / b for a, b in pairs)
+        ratios["slope / formula"] = slopes["held"] / slopes["formula"]
     found["ratios"] = ratios
     return found
+
+
+def measure_time(mixer: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the forms in turn, for one mixer of the self half."""
+    forms = forms_of(options.tokens, options.bands)
+    names = ["plain", "plain with checkpointing", "bands", "bands with 1 % of the loss"]
+    seconds = time_in_turns(options.model, mixer, {name: forms[name] for name in names}, options.rounds)
+    ratios = {}
+    for name, other in (
+        ("bands", "plain"),
+        ("bands", "plain with checkpointing"),
+        ("bands with 1 % of the loss", "bands"),
+    ):
+        pairs = zip(seconds[name], seconds[other], strict=True)
+        ratios[f"{name} / {other}, time"] = statistics.median(a / b for a, b in pairs)
+    return {"seconds": {name: summary(values) for name, values in seconds.items()}, "ratios": ratios}
 
 
 def make_step(
@@ -187,7 +211,7 @@ def memory_of_a_step(model: str, mixer: str, **form: Any) -> dict[str, Any]:
         checkpointing=form.get("checkpointing", False),
     )
     formula = step_activations(work, whole_model(shape), (sizes[0], sizes[1])).total
-    return {"growth": resident("VmHWM") - before, "formula": round(formula), "seconds": round(seconds, 2)}
+    return {"held": resident("VmHWM") - before, "formula": round(formula), "seconds": round(seconds, 2)}
 
 
 def resident(field: str) -> int:
@@ -198,10 +222,11 @@ def resident(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status: this benchmark needs Linux")
 
 
-def in_fresh_process(options: argparse.Namespace, **job: Any) -> dict[str, Any]:
-    """`memory_of_a_step` in a process of its own."""
+def in_fresh_process(options: argparse.Namespace, returned: bool, **job: Any) -> dict[str, Any]:
+    """`memory_of_a_step` in a process of its own; `returned`: freed blocks of 256 KiB and more go back at once."""
     command = [sys.executable, "-W", "ignore", __file__, "--threads", str(options.threads), "--job", json.dumps(job)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)} if returned else dict(os.environ)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
@@ -229,24 +254,25 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def text(memory: dict[str, Any]) -> str:
     """One measurement in words."""
-    grown, formula = memory["growth"] / 2**20, memory["formula"] / 2**20
-    return f"{grown:,.0f} MiB (formula {formula:,.0f}), {memory['seconds']} s"
+    words = f"{memory['held'] / 2**20:,.0f} MiB held (formula {memory['formula'] / 2**20:,.0f})"
+    return words + (f", {memory['resident'] / 2**20:,.0f} resident" if "resident" in memory else "")
 
 
 def report(result: dict[str, Any]) -> None:
     """The result as text, beside the targets."""
-    print(f"\n{result['shape']} on {result['machine']}")
-    for mixer, found in result["mixers"].items():
-        for name, memory in found["memory"].items():
-            print(f"{mixer:10} {name:28} {text(memory)}")
-        if "bytes_per_token" in found:
-            slopes = found["bytes_per_token"]
-            print(f"{mixer:10} bytes per token: {slopes['growth']:,.0f}, by the formula {slopes['formula']:,.0f}")
-        for name, values in found.get("seconds", {}).items():
-            print(f"{mixer:10} {name:28} {values['median']:.1f} s ({values['min']:.1f} to {values['max']:.1f})")
-        for name, ratio in found["ratios"].items():
-            bounds = [f"{key} {bound:.3f}" for key, bound in result["targets"].items() if key.startswith(name)]
-            print(f"{mixer:10} {name:50} {ratio:.3f}  target: {'; '.join(bounds)}")
+    print(f"\n{result['shape']}")
+    for part in ("memory", "time"):
+        for mixer, found in result.get(part, {"mixers": {}})["mixers"].items():
+            for name, memory in found.get("memory", {}).items():
+                print(f"{mixer:10} {name:28} {text(memory)}")
+            if "bytes_per_token" in found:
+                slopes = found["bytes_per_token"]
+                print(f"{mixer:10} bytes per token: {slopes['held']:,.0f}, by the formula {slopes['formula']:,.0f}")
+            for name, values in found.get("seconds", {}).items():
+                print(f"{mixer:10} {name:28} {values['median']:.1f} s ({values['min']:.1f} to {values['max']:.1f})")
+            for name, ratio in found["ratios"].items():
+                bounds = [f"{key[len(name) :]} {bound:.3f}" for key, bound in TARGETS.items() if key.startswith(name)]
+                print(f"{mixer:10} {name:50} {ratio:.3f}  target{';'.join(bounds)}")
 
 
 if __name__ == "__main__":
