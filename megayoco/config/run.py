@@ -174,8 +174,20 @@ class CheckpointConfig:
     interval: NonNegativeInt = 0
     """Steps between two checkpoints; 0 saves only at the end."""
 
+    keep_last: PositiveInt | None = None
+    """Checkpoints that stay: so many of the newest. Default: all."""
+
+    keep_every: PositiveInt | None = None
+    """With `keep_last`: checkpoints of multiples of this step stay as well."""
+
     export: Literal["end", "every", "never"] = "end"
-    """When weights are also written to one safetensors file: at the `end`, with `every` checkpoint, or `never`."""
+    """When weights are also written as safetensors: at the `end`, with `every` checkpoint, or `never`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointConfig":
+        if self.keep_every is not None and self.keep_last is None:
+            refuse("keep_every", "says what stays besides the newest checkpoints: give keep_last, too")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)

@@ -33,44 +33,75 @@ def count_parameters(module: nn.Module, topology: Topology | None = None) -> int
     return int(total)
 
 
+class Gatherer:
+    """Joins the ranks' slices of one tensor at a time (parameters, gradients, moments) into full ones, on the CPU of
+    the model group's first rank, which has data rank 0 in one group. Construction and every call are collective over
+    the model group.
+
+    Args:
+        shards: where each slice of this rank lies, by canonical name.
+        dtypes: of the slices, by the same names.
+        topology: None: this process has everything.
+    """
+
+    def __init__(
+        self, shards: Mapping[str, Shard], dtypes: Mapping[str, torch.dtype], topology: Topology | None
+    ) -> None:
+        own = {name: (shards[name], dtypes[name]) for name in shards}
+        self._group = None if topology is None else topology.model_group
+        self._rank, self._ranks = 0, [0]
+        listings: list[dict[str, tuple[Shard, torch.dtype]]] = [own]
+        if self._group is not None and dist.get_world_size(self._group) > 1:
+            assert topology is not None
+            self._rank, self._ranks = topology.rank, dist.get_process_group_ranks(self._group)
+            listings = [{} for _ in self._ranks]
+            dist.all_gather_object(listings, own, group=self._group)
+        self._sources: dict[str, list[tuple[int, Shard, torch.dtype]]] = {}
+        for source, listing in zip(self._ranks, listings, strict=True):
+            for name, (shard, dtype) in listing.items():
+                before = self._sources.setdefault(name, [])
+                # ranks that hold the same slice: the first one speaks; a copy on another stage (tied head) is skipped
+                if all((shard.dim, shard.start) != (other.dim, other.start) for _, other, _ in before):
+                    before.append((source, shard, dtype))
+
+    def names(self) -> list[str]:
+        """All tensors of all ranks, the lower ranks' first."""
+        return list(self._sources)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the slices of a tensor."""
+        return self._sources[name][0][2]
+
+    def __call__(self, name: str, slice_: Tensor | None) -> Tensor | None:
+        """The full tensor on the first rank, None on the others, which pass their slice of it, or None without one."""
+        sources = self._sources[name]
+        if len(self._ranks) == 1:
+            assert slice_ is not None
+            return slice_.detach().to("cpu", copy=True)
+        root, device = self._ranks[0], _device_of(self._group)
+        full: Tensor | None = None
+        for source, shard, dtype in sources:
+            if self._rank == root:
+                part = slice_.detach() if source == root and slice_ is not None else None
+                if part is None:
+                    part = torch.empty(shard.local, dtype=dtype, device=device)
+                    dist.recv(part, src=source, group=self._group)
+                if full is None:
+                    full = torch.empty(shard.full, dtype=dtype)
+                shard.cut(full).copy_(part)
+            elif self._rank == source:
+                assert slice_ is not None
+                dist.send(slice_.detach().to(device).contiguous(), dst=root, group=self._group)
+        return full
+
+
 def gather_canonical(
     tensors: Mapping[str, Tensor], shards: Mapping[str, Shard], topology: Topology | None
 ) -> dict[str, Tensor]:
-    """Joins this rank's slices of each tensor (parameters, gradients, moments) into the full ones.
-
-    Collective over the model group; one tensor travels at a time. Returns the full tensors, on the CPU, on the model
-    group's first rank (which has data rank 0 in one group); an empty dictionary on the others.
-
-    Args:
-        tensors: local slices by canonical name; every rank passes those it has.
-        shards: where each slice lies, by the same names.
-    """
-    if topology is None or dist.get_world_size(topology.model_group) == 1:
-        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    group = topology.model_group
-    ranks = dist.get_process_group_ranks(group)
-    is_root = topology.rank == ranks[0]
-    listings: list[dict[str, tuple[Shard, torch.dtype]]] = [{} for _ in ranks]
-    dist.all_gather_object(listings, {name: (shards[name], tensors[name].dtype) for name in tensors}, group=group)
-    device = _device_of(group)
-    full: dict[str, Tensor] = {}
-    for source, listing in zip(ranks, listings, strict=True):
-        for name, (shard, dtype) in listing.items():
-            # ranks that hold the same slice: the first one speaks; a copy on another stage (tied head) is skipped
-            if shard.dim is None and name in _earlier(listings, ranks, source):
-                continue
-            if is_root:
-                part = torch.empty(shard.local, dtype=dtype, device=device)
-                if source == topology.rank:
-                    part.copy_(tensors[name])
-                else:
-                    dist.recv(part, src=source, group=group)
-                if name not in full:
-                    full[name] = torch.empty(shard.full, dtype=dtype)
-                shard.cut(full[name]).copy_(part)
-            elif topology.rank == source:
-                dist.send(tensors[name].detach().to(device).contiguous(), dst=ranks[0], group=group)
-    return full
+    """All full tensors at once: see `Gatherer`. An empty dictionary on the ranks that get none. Collective."""
+    gather = Gatherer(shards, {name: tensor.dtype for name, tensor in tensors.items()}, topology)
+    full = {name: gather(name, tensors.get(name)) for name in gather.names()}
+    return {name: tensor for name, tensor in full.items() if tensor is not None}
 
 
 def load_canonical(module: nn.Module, tensors: Mapping[str, Tensor], source: str = "the weights") -> None:
@@ -99,15 +130,11 @@ def shards_of(module: nn.Module) -> dict[str, Shard]:
     return {name: shard_of(parameter) for name, parameter in canonical_parameters(module).items()}
 
 
-def _earlier(listings: list[dict[str, tuple[Shard, torch.dtype]]], ranks: list[int], source: int) -> set[str]:
-    return {name for rank, listing in zip(ranks, listings, strict=True) if rank < source for name in listing}
-
-
 def _is_stage(module: nn.Module) -> bool:
     return hasattr(module, "stage_borders")
 
 
-def _device_of(group: dist.ProcessGroup) -> torch.device:
+def _device_of(group: dist.ProcessGroup | None) -> torch.device:
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

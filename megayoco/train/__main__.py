@@ -31,12 +31,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run: model, data, phases, output_dir")
     parser.add_argument("--deepspeed_config", "--deepspeed-config", metavar="FILE", help="precision and ZeRO, HJSON")
-    parser.add_argument("--resume", action="store_true", help="go on after the latest checkpoint in output_dir")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="auto|TAG",
+        help="go on after the latest checkpoint in output_dir, at this layout, whatever wrote it; auto: after the "
+        "newest that is whole, or from the beginning; TAG: after that one, such as global_step40",
+    )
     parser.add_argument("--overwrite", action="store_true", help="give up the run that output_dir holds")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as parallel.tensor=2 phases.0.steps=20")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.resume and "=" in options.resume:  # an override that stood behind the bare flag
+        options.overrides.insert(0, options.resume)
+        options.resume = "latest"
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

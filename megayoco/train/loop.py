@@ -153,8 +153,12 @@ class Trainer:
     def _save(self, step: int, exporting: bool) -> None:
         session = self._session
         self._report.flush()  # metrics on disk reach at least as far as the checkpoint
-        folder = checkpoint.save(session.engine, self._run, session.plan.checkpoints, step)
+        identities = session.identities() if self._report.enabled else {}
+        folder = checkpoint.save(session.engine, self._run, session.plan.checkpoints, step, identities)
         self._report.line(f"step {step}  saved {folder}")
+        if self._report.enabled:
+            for removed in checkpoint.prune(session.plan.checkpoints, step, self._run.checkpoint):
+                self._report.line(f"step {step}  removed the checkpoint of step {removed}")
         if exporting:
             directory = session.directory / "export"
             export(session.engine, self._run, step, session.tokenizer, directory)

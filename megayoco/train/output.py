@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megayoco.config import RunConfig, save_config
+from megayoco.convert.checkpoints import LATEST, Checkpoint, find_latest, open_checkpoint, saved_steps
 from megayoco.convert.export import check_replaceable
 from megayoco.data.datasets import Datasets
 from megayoco.data.files import read_json_object, write_text_atomically
 from megayoco.errors import UserError
-from megayoco.train.checkpoint import Checkpoint, find_latest
 from megayoco.train.report import METRICS_FILE, truncate_metrics
 
 CONFIG_FILE = "config.yaml"
@@ -40,8 +41,14 @@ class OutputPlan:
         return self.directory / "checkpoints"
 
 
-def plan_output(run: RunConfig, *, resume: bool, overwrite: bool) -> OutputPlan:
+def plan_output(run: RunConfig, *, resume: str | None, overwrite: bool) -> OutputPlan:
     """Look at the output directory, and make it if it is absent; nothing that exists is changed.
+
+    Args:
+        run: the config.
+        resume: go on from the checkpoint that `latest` names ("latest"), or from a tag such as "global_step40". "auto":
+            the caller looks for the newest whole one, the plan has none. None: a new run.
+        overwrite: give up the run that is there.
 
     Raises:
         UserError: it holds another run and neither flag is given; it cannot be written; its checkpoint is damaged;
@@ -74,17 +81,28 @@ def plan_output(run: RunConfig, *, resume: bool, overwrite: bool) -> OutputPlan:
             )
     if run.checkpoint.export != "never":
         check_replaceable(directory / "export")
-    return OutputPlan(directory, find_latest(directory / "checkpoints") if resume else None)
+    checkpoints = directory / "checkpoints"
+    if resume in (None, "auto"):
+        return OutputPlan(directory, None)
+    if resume == "latest":
+        return OutputPlan(directory, find_latest(checkpoints))
+    if not (checkpoints / str(resume)).is_dir():
+        there = ", ".join(f"global_step{step}" for step in saved_steps(checkpoints)) or "none"
+        raise UserError(f"--resume {resume}: {checkpoints} has no such checkpoint, but {there}.")
+    return OutputPlan(directory, open_checkpoint(checkpoints / str(resume)))
 
 
 def prepare_output(plan: OutputPlan, run: RunConfig) -> None:
-    """Carry out the plan, on rank 0 alone: remove what is given up, save the config, cut the metrics back."""
+    """Carry out the plan, on rank 0 alone: remove what is given up, save the config, cut the metrics back. `latest`
+    names the checkpoint that the run goes on from, whichever it named before."""
     try:
         for path in plan.remove:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         plan.checkpoints.mkdir(parents=True, exist_ok=True)
         for stale in plan.checkpoints.glob(".*"):  # a save that was interrupted
             shutil.rmtree(stale, ignore_errors=True)
+        if plan.checkpoint is not None:
+            write_text_atomically(plan.checkpoints / LATEST, plan.checkpoint.folder.name)
         save_config(run, plan.directory / CONFIG_FILE)
         truncate_metrics(plan.directory, plan.checkpoint.step if plan.checkpoint else 0)
     except OSError as error:
@@ -116,7 +134,12 @@ def check_data(plan: OutputPlan, phase: int, datasets: Datasets) -> None:
 
 def record_data(plan: OutputPlan, datasets: Mapping[int, Datasets]) -> None:
     """Write what the phases read, on rank 0 alone, for `check_data` and for people."""
-    path = plan.directory / DATA_FILE
-    known = read_json_object(path, "Remove it.") if path.exists() else {}
+    known = recorded_data(plan)
     known.update({str(number): [vars(source) for source in phase.shares] for number, phase in datasets.items()})
-    write_text_atomically(path, json.dumps(known, indent=1) + "\n")
+    write_text_atomically(plan.directory / DATA_FILE, json.dumps(known, indent=1) + "\n")
+
+
+def recorded_data(plan: OutputPlan) -> dict[str, Any]:
+    """What `record_data` wrote: the datasets of every phase so far by its number."""
+    path = plan.directory / DATA_FILE
+    return read_json_object(path, "Remove it.") if path.exists() else {}

@@ -6,12 +6,13 @@ has to be remembered.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megayoco.config import PhaseConfig, RunConfig
+from megayoco.config import ModelConfig, PhaseConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,31 @@ class Timeline:
             end += phase.num_steps
             ends.add(end)
         return step in ends
+
+
+def trained_model(run: RunConfig, step: int) -> ModelConfig:
+    """The model with the rotary base of the phase that `step` finished steps have reached."""
+    return dataclasses.replace(run.model, rope_theta=run.phase_rope_theta(_reached(run, step)))
+
+
+def training_facts(run: RunConfig, step: int) -> dict[str, Any]:
+    """What is worth knowing of the weights after `step` steps, JSON-able: step, tokens, seed, and the phases so far
+    with their `sequence_length`, `rope_theta` and `tokens` seen; the `sequence_length` beside them is the longest."""
+    seen, left = [], step
+    for number, phase in enumerate(run.phases[: _reached(run, step) + 1]):
+        steps = min(left, phase.num_steps)
+        left -= steps
+        theta, tokens = run.phase_rope_theta(number), steps * phase.tokens_per_step
+        seen.append({"sequence_length": phase.sequence_length, "rope_theta": theta, "tokens": tokens})
+    longest = max(phase["sequence_length"] for phase in seen)
+    tokens = Timeline.of(run).position(step).tokens
+    return {"step": step, "tokens": tokens, "seed": run.seed, "sequence_length": longest, "phases": seen}
+
+
+def _reached(run: RunConfig, step: int) -> int:
+    """Number of the phase that the last of `step` steps belonged to."""
+    position = Timeline.of(run).position(step)
+    return position.phase - (position.phase_step == 0 and position.phase > 0)
 
 
 def phase_label(phases: Sequence[PhaseConfig], number: int) -> str:

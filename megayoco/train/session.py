@@ -5,6 +5,7 @@ The order matters: what can be refused is refused while nothing has been written
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from megayoco.config import RunConfig, load_config
 from megayoco.config.parallel import check_bands
+from megayoco.convert.checkpoints import recover
 from megayoco.data.batches import Batches, ValidationBatches
 from megayoco.data.datasets import Datasets, build_datasets, resolve_tokenizer, with_blend_files
 from megayoco.dsconfig import load_deepspeed_config, precision
@@ -23,11 +25,19 @@ from megayoco.ops.backends import describe_backends
 from megayoco.parallel.launch import Launch
 from megayoco.parallel.topology import Topology, build_topology
 from megayoco.train.agreement import all_ranks_agree, barrier
-from megayoco.train.checkpoint import check_resumable, load
+from megayoco.train.checkpoint import (
+    check_resumable,
+    check_tokenizer,
+    layout_text,
+    layout_values,
+    load,
+    newest_whole,
+    verify_together,
+)
 from megayoco.train.engine import Engine, engine_config
 from megayoco.train.memory import MemoryEstimate, check_memory, estimate_memory, resolve_bands
 from megayoco.train.metrics import Peak, find_peak
-from megayoco.train.output import OutputPlan, check_data, plan_output, prepare_output, record_data
+from megayoco.train.output import OutputPlan, check_data, plan_output, prepare_output, record_data, recorded_data
 from megayoco.train.phases import Timeline, phase_label, phase_notes
 
 
@@ -38,7 +48,8 @@ class Request:
     config: str
     deepspeed_config: str | None
     overrides: tuple[str, ...]
-    resume: bool
+    resume: str | None
+    """`latest`, `auto` or a tag: see `plan_output`."""
     overwrite: bool
 
 
@@ -69,12 +80,14 @@ class Session:
         with all_ranks_agree():
             self.memory: MemoryEstimate = estimate_memory(self.run, config, self.topology)
             check_memory(self.memory, device, launch.local_size or 1, self.run)
+        self.plan: OutputPlan = self._plan(request)
         with all_ranks_agree():
-            self.plan: OutputPlan = plan_output(self.run, resume=request.resume, overwrite=request.overwrite)
             if self.plan.checkpoint is not None:
                 check_resumable(self.plan.checkpoint, self.run, self.topology, config)
         with all_ranks_agree():
             self.tokenizer = self._tokenizer()
+            if self.plan.checkpoint is not None:
+                check_tokenizer(self.plan.checkpoint, self.tokenizer)
         self.step = self.plan.checkpoint.step if self.plan.checkpoint else 0
         # the data of every phase, so that a prefix missing in the last one does not end the run after a week
         position = self.timeline.position(self.step)
@@ -138,9 +151,39 @@ class Session:
             f"{self.timeline.total_tokens:,} tokens, output {self.directory}",
         }
         width = max(map(len, lines))
-        more = [("bands", line) for line in self._band_lines]
+        more = [("checkpoint", line) for line in self._checkpoint_lines()]
+        more += [("bands", line) for line in self._band_lines]
         more += [("data", line) for line in self._data_lines] + [("note", line) for line in phase_notes(run)]
         return [f"{name:<{width}}  {value}" for name, value in [*lines.items(), *more]]
+
+    def identities(self) -> dict[str, Any]:
+        """Of tokenizer and data, for the note of a checkpoint."""
+        return {"tokenizer": self.tokenizer.identity(), "data": recorded_data(self.plan)}
+
+    def _plan(self, request: Request) -> OutputPlan:
+        """What to do with the output directory. The checkpoint to go on from is whole, byte for byte."""
+        with all_ranks_agree():
+            if self.launch.rank == 0 and request.resume:
+                recover(Path(self.run.output_dir) / "checkpoints")
+        with all_ranks_agree():
+            plan = plan_output(self.run, resume=request.resume, overwrite=request.overwrite)
+        self._damaged: list[str] = []
+        if request.resume == "auto":
+            checkpoint, self._damaged = newest_whole(plan.checkpoints)
+            return dataclasses.replace(plan, checkpoint=checkpoint)
+        if plan.checkpoint is not None:
+            verify_together(plan.checkpoint)
+        return plan
+
+    def _checkpoint_lines(self) -> list[str]:
+        """Which checkpoint the run goes on from, where that is not a matter of course."""
+        lines = [f"passed over: {problem}" for problem in self._damaged]
+        if self.plan.checkpoint is not None:
+            written = self.plan.checkpoint.note["layout"]
+            now = layout_values(self.topology, self.engine.config)
+            if written != now:
+                lines.append(f"{self.plan.checkpoint.folder.name} was written at {layout_text(written)}: resharded")
+        return lines
 
     def _check_layout(self) -> int:
         run, world = self.run, self.launch.world_size

@@ -1,6 +1,7 @@
 """Bookkeeping of checkpoints and of the run's directory, without an engine: what is found, refused, kept, removed."""
 
 import dataclasses
+import hashlib
 import json
 import types
 
@@ -15,8 +16,10 @@ from megayoco.config import (
     RunConfig,
     load_config,
 )
+from megayoco.convert.checkpoints import FORMAT, NOTE, find_latest, recover
+from megayoco.data.tokenizer import build_tokenizer
 from megayoco.errors import UserError
-from megayoco.train.checkpoint import FORMAT, NOTE, check_resumable, digest, find_latest, run_identity
+from megayoco.train.checkpoint import check_resumable, check_tokenizer, digest, layout_values, prune, run_identity
 from megayoco.train.output import plan_output, prepare_output
 
 DS = {"zero_optimization": {"stage": 1}}
@@ -39,12 +42,13 @@ def run(tmp_path):
 
 
 def write_checkpoint(run, step, data=b"weights"):
-    directory = plan_output(run, resume=True, overwrite=False).checkpoints
+    directory = plan_output(run, resume="latest", overwrite=False).checkpoints
     folder = directory / f"global_step{step}"
     folder.mkdir(parents=True)
     (folder / "states.pt").write_bytes(data)
-    identity = run_identity(run, topology(), DS, step)
-    note = {"format": FORMAT, "step": step, "identity": identity, "files": {"states.pt": len(data)}}
+    files = {"states.pt": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    note = {"format": FORMAT, "step": step, "identity": run_identity(run, DS, step), "files": files}
+    note |= {"layout": layout_values(topology(), DS), "tokenizer": build_tokenizer("ByteTokenizer").identity()}
     (folder / NOTE).write_text(json.dumps(note))
     (directory / "latest").write_text(folder.name)
     return directory
@@ -122,25 +126,72 @@ def test_another_run_is_refused(run, change, message):
         check_resumable(found, change(run), topology(), DS)
 
 
-def test_another_layout_is_refused_with_the_axis(run):
+def test_another_layout_is_refused_only_for_states_on_nvme(run):
     found = find_latest(write_checkpoint(run, 5))
-    with pytest.raises(UserError, match=r"layout tensor = 1, this run has 2.*start anew"):
-        check_resumable(found, run, topology(tensor=2), DS)
-    with pytest.raises(UserError, match=r"zero_optimization.stage = 1, this run has 2"):
-        check_resumable(found, run, topology(), {"zero_optimization": {"stage": 2}})
+    check_resumable(found, run, topology(tensor=2), {"zero_optimization": {"stage": 3}})
+    nvme = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
+    with pytest.raises(UserError, match=r"tensor 1 x .*ZeRO 1; optimizer states on NVMe .* not at tensor 2 x"):
+        check_resumable(found, run, topology(tensor=2), nvme)
+
+
+def test_another_tokenizer_is_refused(run):
+    found = find_latest(write_checkpoint(run, 5))
+    check_tokenizer(found, build_tokenizer("ByteTokenizer"))
+    other = build_tokenizer("ByteTokenizer")
+    other.vocab_size = 300
+    with pytest.raises(UserError, match=r"another tokenizer \(vocab_size 257, the data of this run has 300\)"):
+        check_tokenizer(found, other)
+
+
+@pytest.mark.parametrize(
+    ("config", "left"),
+    [
+        (CheckpointConfig(), [2, 4, 6, 8, 9]),
+        (CheckpointConfig(keep_last=1), [8, 9]),
+        (CheckpointConfig(keep_last=2, keep_every=4), [4, 6, 8, 9]),
+    ],
+)
+def test_pruning_keeps_the_newest_the_multiples_and_what_lies_ahead(run, config, left):
+    for step in (2, 4, 6, 8, 9):
+        directory = write_checkpoint(run, step)
+    prune(directory, 8, config)
+    assert sorted(int(path.name[11:]) for path in directory.glob("global_step*")) == left
+    assert not list(directory.glob(".*"))
+
+
+def test_a_replacement_that_was_cut_short_is_undone(run):
+    directory = write_checkpoint(run, 5)
+    (directory / "global_step5").rename(directory / ".global_step5.replaced")
+    recover(directory)
+    assert find_latest(directory).step == 5
+    assert not (directory / ".global_step5.replaced").exists()
+
+
+def test_a_tag_that_is_not_there_is_told_with_those_that_are(run):
+    write_checkpoint(run, 5)
+    assert plan_output(run, resume="global_step5", overwrite=False).checkpoint.step == 5
+    with pytest.raises(UserError, match=r"--resume global_step6: .* has no such checkpoint, but global_step5"):
+        plan_output(run, resume="global_step6", overwrite=False)
+
+
+def test_latest_names_the_checkpoint_that_the_run_goes_on_from(run):
+    write_checkpoint(run, 5)
+    directory = write_checkpoint(run, 8)
+    prepare_output(plan_output(run, resume="global_step5", overwrite=False), run)
+    assert find_latest(directory).step == 5
 
 
 def test_the_identity_survives_json_and_tells_runs_apart(run):
-    identity = run_identity(run, topology(), DS, 5)
+    identity = run_identity(run, DS, 5)
     assert json.loads(json.dumps(identity)) == identity
-    assert digest(identity) != digest(run_identity(dataclasses.replace(run, seed=7), topology(), DS, 5))
+    assert digest(identity) != digest(run_identity(dataclasses.replace(run, seed=7), DS, 5))
 
 
 def test_an_earlier_run_is_kept_without_permission_and_until_the_plan_is_carried_out(run):
     directory = write_checkpoint(run, 5)
     with pytest.raises(UserError, match=r"holds another run \(checkpoints\).*--resume.*--overwrite"):
-        plan_output(run, resume=False, overwrite=False)
-    plan = plan_output(run, resume=False, overwrite=True)
+        plan_output(run, resume=None, overwrite=False)
+    plan = plan_output(run, resume=None, overwrite=True)
     assert find_latest(directory).step == 5
     (plan.directory / "notes.txt").write_text("mine")
     prepare_output(plan, run)
@@ -152,7 +203,7 @@ def test_an_earlier_run_is_kept_without_permission_and_until_the_plan_is_carried
 def test_resume_finds_the_checkpoint_and_sweeps_interrupted_saves(run):
     directory = write_checkpoint(run, 5)
     (directory / ".global_step9.partial").mkdir()
-    plan = plan_output(run, resume=True, overwrite=False)
+    plan = plan_output(run, resume="latest", overwrite=False)
     prepare_output(plan, run)
     assert plan.checkpoint.step == 5
     assert sorted(path.name for path in directory.iterdir()) == ["global_step5", "latest"]
@@ -160,28 +211,28 @@ def test_resume_finds_the_checkpoint_and_sweeps_interrupted_saves(run):
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "tokenizer", "export"])
 def test_resume_refuses_a_file_in_place_of_a_folder_and_the_reverse(run, name):
-    path = plan_output(run, resume=True, overwrite=False).directory / name
+    path = plan_output(run, resume="latest", overwrite=False).directory / name
     path.write_text("") if "." not in name else path.mkdir()
     with pytest.raises(UserError, match=rf"{name} is no .*Move it away"):
-        plan_output(run, resume=True, overwrite=False)
+        plan_output(run, resume="latest", overwrite=False)
 
 
 def test_resume_refuses_an_export_that_would_replace_something_else(run):
-    export = plan_output(run, resume=True, overwrite=False).directory / "export"
+    export = plan_output(run, resume="latest", overwrite=False).directory / "export"
     export.mkdir()
     (export / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="export is not empty and not an export of ours"):
-        plan_output(run, resume=True, overwrite=False)
+        plan_output(run, resume="latest", overwrite=False)
     never = dataclasses.replace(run, checkpoint=CheckpointConfig(export="never"))
-    assert plan_output(never, resume=True, overwrite=False).checkpoint is None
+    assert plan_output(never, resume="latest", overwrite=False).checkpoint is None
 
 
 def test_resume_and_overwrite_exclude_each_other(run):
     with pytest.raises(UserError, match="exclude each other"):
-        plan_output(run, resume=True, overwrite=True)
+        plan_output(run, resume="latest", overwrite=True)
 
 
 def test_an_output_that_cannot_be_written_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"output_dir .*file/out cannot be written"):
-        plan_output(dataclasses.replace(run, output_dir=str(tmp_path / "file" / "out")), resume=False, overwrite=False)
+        plan_output(dataclasses.replace(run, output_dir=str(tmp_path / "file" / "out")), resume=None, overwrite=False)

@@ -153,12 +153,16 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(train, tmp_pat
 
     real = loop.learning_rate
     monkeypatch.setattr(loop, "learning_rate", lambda phase, step: float("nan") if step == 1 else real(phase, step))
-    result = train(tmp_path / "out", "checkpoint.interval=1", "validation.interval=0")
+    result = train(tmp_path / "out", "checkpoint.interval=3", "validation.interval=0")
     assert result.code == 2
     assert result.err.startswith("error: The loss of step 3 (phase 0) is nan.")
     assert result.err.count("\n") == 1
-    # step 2's loss is from before the bad update, so its checkpoint exists; the one of step 3 must not
     assert not (tmp_path / "out" / "checkpoints" / "global_step3").exists()
+    # step 2's loss is from before the bad update, its weights are from after it
+    result = train(tmp_path / "again", "checkpoint.interval=1", "validation.interval=0")
+    assert result.code == 2
+    assert result.err.startswith("error: embed_tokens.weight is not finite after this update, so nothing is saved")
+    assert sorted(path.name for path in (tmp_path / "again" / "checkpoints").glob("g*")) == ["global_step1"]
 
 
 @pytest.mark.parametrize(
