@@ -43,20 +43,20 @@ class MegaYocoConfig(PreTrainedConfig):
     num_hidden_layers: int = 26
     """Layers of both halves; what makes the shared keys and values is not counted."""
 
-    num_self_layers: int | None = None
-    """Layers of the self-decoder, which come first. Default: half of them, rounded down."""
+    num_self_layers: int = 13
+    """Layers of the self-decoder, which come first."""
 
     self_mixer: str = "retention"
     """Mixer of the self-decoder: gated `retention`, or sliding-`window` attention."""
 
-    num_self_heads: int | None = None
-    """Heads of the self-decoder. Default: `num_attention_heads`."""
+    num_self_heads: int = 24
+    """Heads of the self-decoder."""
 
     num_attention_heads: int = 24
     """Query heads of the cross-decoder."""
 
-    num_key_value_heads: int | None = None
-    """Heads of the shared keys and values. Default: `num_attention_heads`."""
+    num_key_value_heads: int = 8
+    """Heads of the shared keys and values."""
 
     sliding_window: int | None = None
     """Tokens that a query of the window mixer sees, itself included; None for retention."""
@@ -76,13 +76,6 @@ class MegaYocoConfig(PreTrainedConfig):
     """Follows from the fields above."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_self_heads is None:
-            self.num_self_heads = self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        _check_positive(self, "num_hidden_layers")
-        if self.num_self_layers is None:
-            self.num_self_layers = self.num_hidden_layers // 2
         self._check_shape()
         self._check_rotary(kwargs)
         upper = self.num_hidden_layers - self.num_self_layers
@@ -112,19 +105,21 @@ class MegaYocoConfig(PreTrainedConfig):
     @property
     def self_head_dim(self) -> int:
         """Head dim of the self-decoder."""
-        return self.hidden_size // self.num_self_heads  # type: ignore[operator]
+        return self.hidden_size // self.num_self_heads
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
         """What each layer does with the shared keys and values: a cache keeps them once, at the first cross layer."""
-        own = self.num_self_layers or 0
-        return [None] * own + ["store"] + ["reuse"] * (self.num_hidden_layers - own - 1)
+        upper = self.num_hidden_layers - self.num_self_layers
+        return [None] * self.num_self_layers + ["store"] + ["reuse"] * (upper - 1)
 
     def _check_shape(self) -> None:
         for name in (
             "vocab_size",
             "hidden_size",
             "intermediate_size",
+            "num_hidden_layers",
+            "num_self_layers",
             "num_self_heads",
             "num_attention_heads",
             "num_key_value_heads",
@@ -135,16 +130,15 @@ class MegaYocoConfig(PreTrainedConfig):
             heads = getattr(self, name)
             if self.hidden_size % heads or self.hidden_size // heads % 2:
                 raise ValueError(f"{name} must cut hidden_size {self.hidden_size} into even head dims, got {heads}")
-        if self.num_attention_heads % self.num_key_value_heads:  # type: ignore[operator]
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads {self.num_attention_heads},"
                 f" got {self.num_key_value_heads}"
             )
-        layers = self.num_self_layers
-        if isinstance(layers, bool) or not isinstance(layers, int) or not 0 < layers < self.num_hidden_layers:
+        if self.num_self_layers >= self.num_hidden_layers:
             raise ValueError(
-                f"num_self_layers must leave a layer for each half of num_hidden_layers {self.num_hidden_layers},"
-                f" got {layers!r}"
+                f"num_self_layers must leave a cross layer of num_hidden_layers {self.num_hidden_layers},"
+                f" got {self.num_self_layers}"
             )
         if self.self_mixer not in SELF_LAYER_TYPES:
             raise ValueError(f"self_mixer must be one of {', '.join(SELF_LAYER_TYPES)}, got {self.self_mixer!r}")

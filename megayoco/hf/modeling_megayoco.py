@@ -4,8 +4,8 @@ Self-contained: it ships inside the model's folder and imports torch, transforme
 
 Shapes: B batch, T tokens of the call, S tokens so far (the call's included), R last tokens whose outputs are wanted,
         D hidden_size, H query heads, G key-value heads, K head dim; heads come before tokens, as transformers has it.
-Cache: DynamicCache(config=config) keeps, per layer of the self-decoder, a retention state (B, H, K, K) in fp32 or the keys
-       and values of a window, and the shared keys and values (B, G, S, K) once, at the first cross layer.
+Cache: DynamicCache(config=config) keeps, per layer of the self-decoder, a retention state (B, H, K, K) in fp32 or the
+       keys and values of a window; and the shared keys and values (B, G, S, K) once, at the first cross layer.
 Early exit: cross layers read of other tokens only the shared keys and values, which depend on the self-decoder alone.
             So tokens whose logits nobody asks for stop before the cross-decoder, and nothing changes for the others.
 Source: YOCO, arXiv 2405.05254, and the constants of its released code.
@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, LinearAttentionCacheLayerMixin
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     create_causal_mask,
     create_masks_for_generate,
@@ -29,11 +28,10 @@ from transformers.masking_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_megayoco import MegaYocoConfig
+from .configuration_megayoco import SELF_LAYER_TYPES, MegaYocoConfig
 
 GATE_TEMPERATURE = 16
 """The decay of retention is sigmoid(gate) ** (1/16)."""
@@ -85,7 +83,7 @@ def gated_retention(
     if T == 1 and segments is None:
         state = log_decay[..., None].exp() * state + k.to(wide).mT @ v.to(wide)
         return (q.to(wide) @ state).to(q.dtype), state
-    outputs, before = [], None if segments is None else segments[:, None, :1]
+    outputs = []
     for start in range(0, T, RETENTION_CHUNK):
         part = slice(start, start + RETENTION_CHUNK)
         q_, k_, v_ = (x[:, :, part].to(wide) for x in (q, k, v))
@@ -93,12 +91,11 @@ def gated_retention(
         from_left, to_right, across = c.exp(), (c[..., -1:] - c).exp(), c[..., -1:].exp()
         hidden = torch.ones(c.shape[-1], c.shape[-1], dtype=torch.bool, device=c.device).triu(1)
         if segments is not None:
-            own = segments[:, None, part]
+            own, before = segments[:, None, part], segments[:, None, max(start - 1, 0) : max(start, 1)]
             hidden = hidden | (own[..., :, None] != own[..., None, :])
             from_left = from_left.masked_fill(own != before, 0)
             to_right = to_right.masked_fill(own != own[..., -1:], 0)
             across = across.masked_fill(own[..., -1:] != before, 0)
-            before = own[..., -1:]
         # hidden before exp: towards the future the differences are positive and would overflow
         fade = (c[..., :, None] - c[..., None, :]).masked_fill(hidden, -torch.inf).exp()
         y = (q_ @ k_.mT * fade) @ v_ + (q_ * from_left[..., None]) @ state
@@ -108,7 +105,7 @@ def gated_retention(
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "MegaYocoAttention",
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -186,9 +183,11 @@ class MegaYocoRetention(nn.Module):
         self.gt_proj = nn.Linear(size, config.num_self_heads, bias=False)
         self.o_proj = nn.Linear(size, size, bias=False)
         self.head_norm = MegaYocoRMSNorm(None, config.rms_norm_eps)
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gt_proj):
+        inward: Any = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gt_proj)
+        outward: Any = self.o_proj
+        for projection in inward:
             projection.xavier_gain = 2**-2.5
-        self.o_proj.xavier_gain = 2**-1
+        outward.xavier_gain = 2**-1
 
     def forward(
         self,
@@ -216,7 +215,7 @@ class MegaYocoRetention(nn.Module):
         if past_key_values is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx)
             # transformers sets these from convolution states, which this layer has not
-            layer = past_key_values.layers[self.layer_idx]
+            layer: Any = past_key_values.layers[self.layer_idx]
             layer.has_previous_state[0], layer.dtype, layer.device = True, state.dtype, state.device
         y = self.head_norm(y.transpose(1, 2)).flatten(2)
         return self.o_proj(F.silu(self.g_proj(hidden_states)) * y), None
@@ -224,7 +223,8 @@ class MegaYocoRetention(nn.Module):
     def _left(self, past_key_values: Cache | None, q: Tensor, dtype: torch.dtype) -> Tensor:
         """The state before these tokens, (B, H, K, K)."""
         if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
-            state = past_key_values.layers[self.layer_idx].recurrent_states[0]
+            layer: Any = past_key_values.layers[self.layer_idx]
+            state: Tensor = layer.recurrent_states[0]
             # the cache is overwritten in place, which a graph that saved it would not survive
             return state.clone() if torch.is_grad_enabled() else state
         return torch.zeros(*q.shape[:2], self.head_dim, self.head_dim, dtype=dtype, device=q.device)
@@ -299,11 +299,7 @@ class MegaYocoCrossAttention(MegaYocoAttention):
         return self.attend(q, shared_key, shared_value, attention_mask, **kwargs)
 
 
-MIXERS = {
-    "linear_attention": MegaYocoRetention,
-    "sliding_attention": MegaYocoWindowAttention,
-    "full_attention": MegaYocoCrossAttention,
-}
+SELF_MIXERS: dict[str, type[nn.Module]] = {"retention": MegaYocoRetention, "window": MegaYocoWindowAttention}
 
 
 class MegaYocoDecoderLayer(GradientCheckpointingLayer):
@@ -312,7 +308,8 @@ class MegaYocoDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MegaYocoConfig, layer_idx: int) -> None:
         super().__init__()
         self.input_layernorm = MegaYocoRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MIXERS[config.layer_types[layer_idx]](config, layer_idx)
+        own = layer_idx < config.num_self_layers
+        self.self_attn = (SELF_MIXERS[config.self_mixer] if own else MegaYocoCrossAttention)(config, layer_idx)
         self.post_attention_layernorm = MegaYocoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MegaYocoMLP(config)
 
@@ -447,7 +444,7 @@ class MegaYocoModel(MegaYocoPreTrainedModel):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, own)
         x, position_ids = x[:, -rows:], position_ids[:, -rows:]
-        shared_table = tuple(part[:, -rows:] for part in shared_table)
+        shared_table = (shared_table[0][:, -rows:], shared_table[1][:, -rows:])
         for layer in self.layers[own:]:
             x = layer(
                 x,
@@ -468,10 +465,10 @@ class MegaYocoModel(MegaYocoPreTrainedModel):
         past_key_values: Cache | None,
         seen: int,
         rows: int,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Masks of the self-decoder, for retention (B, T), and of the cross-decoder, whose queries are the last rows."""
+    ) -> tuple[Any, Any]:
+        """Masks of the self-decoder, (B, T) for retention, and of the cross-decoder, for queries of the last rows."""
         if isinstance(attention_mask, dict):
-            own = self.config.layer_types[0]
+            own = SELF_LAYER_TYPES[self.config.self_mixer]
             if not {own, "full_attention"} <= attention_mask.keys():
                 raise ValueError(f"attention_mask has no {own} and full_attention, only {sorted(attention_mask)}")
             return attention_mask[own], attention_mask["full_attention"]
