@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from megayoco.config import ModelConfig
 from megayoco.layers.context import KeyValues
 from megayoco.model.bands import Bands, Stage, banded_loss, banded_stage
-from megayoco.model.decoder import Decoder, build_decoder
+from megayoco.model.decoder import Decoder
+from megayoco.ops.attention_store import KeyValueStore
+from tests.model.cases import CASES, MODELS, batch, decoder, gradients
 
-VOCAB = 40
-MODELS: dict[str, dict[str, Any]] = {
-    "retention": dict(self_heads=2),
-    "window": dict(self_mixer="window", window=6, self_heads=4),
-    "tied": dict(self_heads=2, tie_embeddings=True, self_layers=1, layers=3),
-}
-
-
-def decoder(name: str, dtype: torch.dtype = torch.float64, checkpointing: bool = False) -> Decoder:
-    shape = dict(dim=16, layers=4, hidden_dim=24, heads=4, kv_heads=2, vocab_size=VOCAB)
-    return build_decoder(
-        ModelConfig(**{**shape, **MODELS[name]}), None, seed=5, dtype=dtype, activation_checkpointing=checkpointing
-    )
-
-
-def batch(tokens: int, rows: int = 2, share: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, targets of which about `share` count, and documents with borders everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCAB, (rows, tokens), generator=generator)
-    targets = torch.where(torch.rand(rows, tokens, generator=generator) < share, ids.roll(-1, 1), -100)
-    new = torch.rand(rows, tokens, generator=generator) < 0.12
-    starts = torch.where(new, torch.arange(tokens), 0).cummax(1).values
-    return ids, targets, starts
-
-
-def gradients(model: Decoder, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+COMMON = ("retention", "window", "tied")
 
 
 def assert_equal(model: Decoder, bands: Bands, data: tuple[Tensor, Tensor, Tensor | None], tolerance: float) -> None:
@@ -65,44 +37,36 @@ def assert_equal(model: Decoder, bands: Bands, data: tuple[Tensor, Tensor, Tenso
 
 @pytest.mark.parametrize("order", ["fused", "split"])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COMMON)
 def test_every_gradient_equals_the_plain_models(name: str, count: int, order: str) -> None:
     # chunks of 48 down to 6 tokens: longer and shorter than the window, no multiple of the retention's pieces
     assert_equal(decoder(name), Bands(count, order=order), batch(48), 1e-12)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COMMON)
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.4, 0.95])
 def test_rows_without_target_change_nothing(name: str, share: float) -> None:
     assert_equal(decoder(name), Bands(3, rows=5), batch(48, rows=3, share=share, seed=2), 1e-12)
     assert_equal(decoder(name), Bands(3, rows=5, order="split"), batch(48, rows=3, share=share, seed=2), 1e-12)
 
 
-def test_a_single_target() -> None:
-    tokens, targets, starts = batch(48)
-    for place in (0, 15, 16, 47):
-        only = torch.full_like(targets, -100)
-        only[1, place] = targets[1, place]
-        # the gradients of queries that see little are differences of nearly equal numbers
-        assert_equal(decoder("retention"), Bands(3), (tokens, only, starts), 1e-10)
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COMMON)
 def test_without_documents_and_with_recomputation(name: str) -> None:
     tokens, targets, _ = batch(40, rows=1)
     assert_equal(decoder(name, checkpointing=True).train(), Bands(4), (tokens, targets, None), 1e-12)
 
 
-def test_borders_on_the_edges_of_chunks() -> None:
-    tokens, targets, starts = batch(32, rows=1)
-    starts = torch.arange(32)[None] // 8 * 8
-    for name in MODELS:
-        assert_equal(decoder(name), Bands(4), (tokens, targets, starts), 1e-12)
+@pytest.mark.parametrize("order", ["fused", "split"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("case", CASES)
+def test_cases_that_invite_mistakes(case: str, name: str, order: str) -> None:
+    """Four chunks of 12 tokens; on several ranks: tests/distributed/test_parity.py."""
+    assert_equal(decoder(name), Bands(4, rows=5, order=order), CASES[case](), 1e-10)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from(list(MODELS)),
+    st.sampled_from(COMMON),
     st.integers(1, 6),
     st.integers(1, 9),
     st.integers(1, 12),
@@ -115,16 +79,16 @@ def test_any_cut(name: str, count: int, chunk: int, rows: int, share: float, see
     assert_equal(decoder(name), Bands(count, rows=rows, order=order), data, 1e-11)
 
 
-def test_bf16_stays_within_its_rounding() -> None:
-    data = batch(64, rows=1)
+def test_bf16_gradients_of_many_chunks_are_as_near_as_those_of_one() -> None:
+    """Summed in fp32: with bf16 sums over the 64 chunks the errors are 1.4 times the plain step's, at most 2.5."""
+    data = batch(128, rows=1)
     wide, narrow = decoder("retention", torch.float32), decoder("retention", torch.bfloat16)
-    expected = gradients(wide, wide(*data)[0])
+    exact = gradients(wide, wide(*data)[0])
     plain = gradients(narrow, narrow(*data)[0])
-    got = gradients(narrow, banded_loss(narrow.stage(), Bands(8), *data)[0])
-    for name, gradient in expected.items():
-        size = gradient.norm()
-        # many chunks are summed in fp32, so the error does not grow with their number
-        assert (got[name] - gradient).norm() / size < 1.5 * (plain[name] - gradient).norm() / size + 0.01, name
+    got = gradients(narrow, banded_loss(narrow.stage(), Bands(64), *data)[0])
+    ratios = {name: float((got[name] - x).norm() / (plain[name] - x).norm()) for name, x in exact.items()}
+    assert max(ratios.values()) < 1.6, ratios
+    assert sum(ratios.values()) / len(ratios) < 1.15, ratios
 
 
 def test_the_gradient_for_an_earlier_stage_is_scaled_without_rounding_the_factor() -> None:
@@ -199,6 +163,77 @@ def test_a_middle_stage_passes_keys_and_values_on() -> None:
     banded_loss(stages[2], Bands(3), hidden, targets, starts, shared)[0].backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", ["fused", "split"])
+@pytest.mark.parametrize("name", ["retention", "window"])
+def test_a_second_step_is_bit_equal(name: str, order: str, dtype: torch.dtype) -> None:
+    """Every sum has a fixed order, and nothing reads memory before it is written: torch fills it with NaN here."""
+    model, bands, data = decoder(name, dtype), Bands(4, rows=5, order=order), batch(48, share=0.5)
+    torch.use_deterministic_algorithms(True)
+    try:
+        steps = []
+        for _ in range(2):
+            loss, _ = banded_loss(model.stage(), bands, *data)
+            steps.append({"loss": loss.detach(), **gradients(model, loss)})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for what, first in steps[0].items():
+        assert first.isfinite().all() and torch.equal(first, steps[1][what]), what
+
+
+def test_a_step_draws_no_random_numbers() -> None:
+    """The self half runs twice: what it drew the second time would have to be what it drew the first time."""
+    model = decoder("retention", checkpointing=True).train()
+    before = torch.get_rng_state()
+    banded_loss(model.stage(), Bands(4), *batch(48))[0].backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
+    """The memory of all keys, values and gradients that were ever in a store."""
+    made: list[StorageWeakRef] = []
+    check = KeyValueStore.__post_init__
+
+    def noted(self: KeyValueStore) -> None:
+        check(self)
+        tensors = (self.key, self.value, self.dkey, self.dvalue)
+        made.extend(StorageWeakRef(x.untyped_storage()) for x in tensors if x is not None)
+
+    monkeypatch.setattr(KeyValueStore, "__post_init__", noted)
+    return made
+
+
+@pytest.mark.parametrize("order", ["fused", "split"])
+def test_keys_values_and_their_gradients_are_gone_before_the_optimizer_step(
+    stored: list[StorageWeakRef], order: str
+) -> None:
+    """The optimizer's own temporaries then find their room; the losses of a step are still there."""
+    model = decoder("retention")
+    losses = [banded_loss(model.stage(), Bands(4, order=order), *batch(48, seed=seed))[0] for seed in range(2)]
+    assert stored and all(memory.expired() for memory in stored)
+    for loss in losses:
+        loss.backward()
+    with torch.no_grad():
+        value, _ = banded_loss(model.stage(), Bands(4), *batch(48))
+    assert all(memory.expired() for memory in stored)
+
+
+@pytest.mark.parametrize("border", [3, 4])
+def test_a_stage_without_head_lets_go_of_them_in_its_backward(stored: list[StorageWeakRef], border: int) -> None:
+    model = decoder("retention")
+    tokens, targets, starts = batch(48)
+    first, second = split_stages(model, border, 2)
+    hidden, shared = banded_stage(first, Bands(4), tokens, starts)
+    leaf = hidden.detach().requires_grad_()
+    assert shared is not None
+    received = KeyValues(*(x.detach().requires_grad_() for x in shared))
+    loss, _ = banded_loss(second, Bands(4), leaf, targets, starts, received)
+    loss.backward()
+    torch.autograd.backward([hidden, *shared], [leaf.grad, *(x.grad for x in received)])
+    assert stored and all(memory.expired() for memory in stored)
 
 
 def test_backward_runs_once() -> None:
