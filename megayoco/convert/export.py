@@ -44,7 +44,7 @@ _ENTRIES = (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE, CONFIG_FILE, TO
 def write_export(
     directory: str | os.PathLike[str],
     model: ModelConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | LazyTensors,
     tokenizer: Tokenizer | None,
     *,
     facts: Mapping[str, Any] | None = None,
@@ -150,7 +150,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer | None, model: ModelConfi
 class _Given(Mapping[str, Tensor]):
     """The caller's tensors under the names, and with the shapes, that the model asks for."""
 
-    def __init__(self, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: ModelConfig, tensors: Mapping[str, Tensor] | LazyTensors) -> None:
         self._tensors, self._shapes = tensors, tensor_shapes(model)
         names = {name for name in tensors if not (model.tie_embeddings and name == HEAD)}
         if wrong := sorted(names ^ self._shapes.keys()):

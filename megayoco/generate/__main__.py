@@ -1,4 +1,4 @@
-"""Write text with a trained model: python -m megayoco.generate --model RUN_OR_EXPORT_DIR --prompt TEXT.
+"""Write text with a trained model: python -m megayoco.generate --model RUN_OR_MODEL_DIR --prompt TEXT.
 
 The text goes to stdout as it comes, the counts and rates that follow it to stderr.
 """
@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m megayoco.generate", description="Continue a prompt with a trained model.", allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="a run directory, or the folder of an export")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run directory, or the folder of a model")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="repeated before its continuation; '' starts a new document")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text; only its continuation is written")
@@ -103,14 +103,13 @@ def run(options: argparse.Namespace) -> None:
     """Load, generate, write."""
     text = read_prompt(options)
     # late imports: help and mistakes on the command line need no torch
-    from megayoco.convert.export import read_export
-    from megayoco.generate.finding import find_export
+    from megayoco.generate.finding import read_model
     from megayoco.generate.sampling import Sampling
 
     temperature = 0.0 if options.greedy else 0.8 if options.temperature is None else options.temperature
     sampling = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     device = choose_device(options.device)
-    export = read_export(find_export(options.model))
+    weights, tokenizer = read_model(options.model)
 
     import torch
 
@@ -121,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
     from megayoco.generate.text import TERMINAL_SAFE, TextStream
 
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    decoder, tokenizer = load_decoder(export, dtype, device), export.tokenizer
+    decoder = load_decoder(weights, dtype, device)
     generation = generate(
         decoder,
         tokenizer.encode(text) or [tokenizer.eod],

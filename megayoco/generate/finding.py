@@ -5,33 +5,54 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megayoco.convert.canonical import EXPORT_FOLDER
 from megayoco.convert.export import CONFIG_FILE, is_export
+from megayoco.convert.formats import FORMATS, read_weights, recognise
+from megayoco.convert.weights import Weights
+from megayoco.data.tokenizer import Tokenizer
 from megayoco.errors import UserError
 
 
-def find_export(path: str | os.PathLike[str]) -> Path:
-    """The folder of the export that `path` means: itself, or `export/` of a run directory.
+def find_model(path: str | os.PathLike[str]) -> Path:
+    """The folder that `path` means: `export/` of a run directory if it has one, else itself.
 
     Raises:
-        UserError: there is none; says how to get one.
+        UserError: it holds no model of any format; says how to get one.
     """
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"--model {folder} {what}. Give a run directory, or the folder of an export.")
-    if is_export(folder):
-        return folder
-    inner = folder / "export"
-    if inner.is_dir():
+        raise UserError(f"--model {folder} {what}. Give a run directory, or the folder of a model.")
+    inner = folder / EXPORT_FOLDER
+    if inner.is_dir() and not is_export(folder):
         return inner
+    if recognise(folder):
+        return folder
     if (folder / "checkpoints").is_dir():
-        has = "has checkpoints but no export yet" if any(folder.glob("checkpoints/*/")) else "has no checkpoint yet"
+        has = "has no complete checkpoint" if any(folder.glob("checkpoints/*/")) else "has no checkpoint yet"
         raise UserError(
-            f"--model {folder} {has}. Launch its training again with --resume: it exports at its end, or with"
-            " checkpoint.export=every at each checkpoint."
+            f"--model {folder} {has}, and no export. Launch its training again with --resume: it exports at its end, or"
+            " with checkpoint.export=every at each checkpoint."
         )
+    known = ", ".join(FORMATS)
     if (folder / CONFIG_FILE).exists():
-        raise UserError(f"--model {folder}: its {CONFIG_FILE} does not describe an export of MegaYOCO.")
+        raise UserError(f"--model {folder}: its {CONFIG_FILE} describes no model that we know. There are {known}.")
     raise UserError(
-        f"--model {folder} is neither a run directory nor an export: it has neither export/ nor {CONFIG_FILE}."
+        f"--model {folder} is neither a run directory nor a model: it has no {EXPORT_FOLDER}/, no checkpoint, and holds"
+        f" none of the formats {known}."
     )
+
+
+def read_model(path: str | os.PathLike[str]) -> tuple[Weights, Tokenizer]:
+    """The weights that `--model` names, of any format, with the tokenizer that text needs.
+
+    Raises:
+        UserError: there are none, they cannot be read, or they come without tokenizer.
+    """
+    folder = find_model(path)
+    weights = read_weights(folder)
+    if weights.tokenizer is None:
+        raise UserError(
+            f"--model {folder} has no tokenizer. tools/convert_checkpoint.py --tokenizer writes a copy that has one."
+        )
+    return weights, weights.tokenizer

@@ -147,18 +147,21 @@ def test_errors_of_the_model(main, tmp_path, capsys):
         assert main("--prompt", "x", model=folder) == 2
         refused(capsys, str(folder), *parts)
 
-    check(tmp_path / "none", "does not exist. Give a run directory")
+    check(tmp_path / "none", "does not exist. Give a run directory, or the folder of a model")
     (tmp_path / "file").touch()
     check(tmp_path / "file", "is a file")
-    check(tmp_path, "is neither a run directory nor an export")
+    check(tmp_path, "is neither a run directory nor a model")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    check(tmp_path, "describes no model that we know")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    check(tmp_path, "does not describe an export of MegaYOCO")
+    check(tmp_path, "config.json has no hidden_size")
+    (tmp_path / "config.json").unlink()
     (tmp_path / "checkpoints").mkdir()
     check(tmp_path, "has no checkpoint yet")
     (tmp_path / "checkpoints" / "global_step7").mkdir()
-    check(tmp_path, "has checkpoints but no export yet", "--resume", "checkpoint.export=every")
+    check(tmp_path, "has no complete checkpoint", "--resume", "checkpoint.export=every")
     (tmp_path / "export").mkdir()
-    check(tmp_path, "export/config.json", "No such file")
+    check(tmp_path, "export holds no model of a format that we know")
 
 
 def test_a_prompt_file_in_another_encoding(main, tmp_path, capsys):
