@@ -7,7 +7,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +161,17 @@ def dotted(keys: Keys) -> str:
     return ".".join(str(key) for key in keys) or "the file"
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    shape_of: Callable[[str], dict[str, Any]] | None = None,
+) -> RunConfig:
     """Read a run's YAML file and apply overrides such as `phases.0.steps=20` (values are YAML) in order.
+
+    Args:
+        path: the file.
+        overrides: each `key=value`.
+        shape_of: the fields of the model in a folder, for `model.init_from`. None: they must be given.
 
     Raises:
         UserError: unreadable or malformed file; unknown, missing, duplicate or ill-typed key; value out of range.
@@ -180,6 +189,10 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     for field in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(field.type) and values.get(field.name, 0) is None:
             values[field.name] = {}  # a section whose keys are all commented out
+    model = values.get("model")
+    if shape_of is not None and isinstance(model, dict) and isinstance(model.get("init_from"), str):
+        if "preset" not in model:
+            values["model"] = {**shape_of(model["init_from"]), **model}
     return _validated(RunConfig, values, source)
 
 
@@ -343,8 +356,10 @@ def _plain(value: Any) -> Any:
 
 
 def model_config_to_dict(model: ModelConfig) -> dict[str, Any]:
-    """Every field of `model` as text, numbers and None, for YAML and JSON."""
-    return typing.cast(dict[str, Any], _plain(model))
+    """Every field of `model` that is of its shape, as text, numbers and None, for YAML and JSON."""
+    values = typing.cast(dict[str, Any], _plain(model))
+    del values["init_from"]
+    return values
 
 
 def model_config_from_dict(values: dict[str, Any], name: str = "model") -> ModelConfig:

@@ -16,10 +16,16 @@ RotaryLayout = Literal["interleaved", "half_split"]
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class ModelConfig:
-    """The shape of a model. Give `preset`, or the five sizes `dim`, `layers`, `hidden_dim`, `heads`, `vocab_size`."""
+    """The shape of a model. Give `preset`, `init_from`, or the five sizes `dim`, `layers`, `hidden_dim`, `heads`,
+    `vocab_size`."""
 
     preset: str | None = None
     """Name of a published shape (see megayoco/presets.py); it fills every field of this section that is not given."""
+
+    init_from: str | None = None
+    """Folder of a model whose weights the run starts with: an export or a run of ours, a Hugging Face folder (ours,
+    LLaMA, flash-linear-attention's YOCO), official YOCO. Its shape fills the fields that are not given. Default: the
+    seed."""
 
     pattern: Pattern = "yoco"
     """`yoco`: self-decoder, shared keys and values, cross-decoder. `llama`: full attention in every layer."""

@@ -235,7 +235,7 @@ def check_resumable(checkpoint: Checkpoint, run: RunConfig, topology: Topology, 
                 " value, or start anew with --overwrite or another output_dir."
             )
     written, asked = checkpoint.note["layout"], layout_values(topology, ds_config)
-    if written != asked and _on_nvme(ds_config):
+    if written != asked and on_nvme(ds_config):
         raise UserError(
             f"{checkpoint.folder} was written at {layout_text(written)}; optimizer states on NVMe go on at that layout"
             f" only, not at {layout_text(asked)}. Resume with offload_optimizer.device cpu, or at the same layout."
@@ -294,7 +294,7 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
         RuntimeError: states on NVMe, DeepSpeed found nothing to load.
     """
     deepspeed = engine.deepspeed
-    if _on_nvme(engine.config):
+    if on_nvme(engine.config):
         path, _ = deepspeed.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
         if path is None:
             raise RuntimeError(f"DeepSpeed did not load {checkpoint.folder}")
@@ -311,7 +311,8 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
         _restore_random_state(torch.load(file, map_location="cpu", weights_only=True), engine.device)
 
 
-def _on_nvme(ds_config: dict[str, Any]) -> bool:
+def on_nvme(ds_config: dict[str, Any]) -> bool:
+    """Whether optimizer states lie in files that DeepSpeed alone reads."""
     offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
     return offload.get("device") == "nvme"
 

@@ -21,6 +21,7 @@ from megayoco.errors import UserError
 from megayoco.parallel.shards import name_of, shard_of
 from megayoco.train.agreement import all_ranks_agree
 from megayoco.train.engine import Engine
+from megayoco.train.starting import StartingState
 
 MOMENTS = KINDS[1:]
 Place = list[Any]
@@ -129,8 +130,8 @@ def _own_layout(engine: Engine) -> dict[str, Any]:
         if not holding.master.isfinite().all():
             raise UserError(
                 f"{name_of(holding.parameter)} is not finite after this update, so nothing is saved; the last"
-                " checkpoint is from before it. Lower the learning rate, warm up for longer, or check the data; then go on with"
-                " --resume."
+                " checkpoint is from before it. Lower the learning rate, warm up for longer, or check the data; then go"
+                " on with --resume."
             )
         if not torch.equal(holding.master.to(holding.working), holding.working):
             raise RuntimeError(f"the master weights of {name_of(holding.parameter)} are not where they should be")
@@ -179,7 +180,7 @@ def _module_place(module: nn.Module, parameter: nn.Parameter, file: str) -> Plac
 
 
 @torch.no_grad()
-def restore(engine: Engine, state: TrainingState) -> None:
+def restore(engine: Engine, state: TrainingState | StartingState) -> None:
     """Fill this rank's part of the model and of the optimizer. Collective.
 
     Raises:
@@ -204,7 +205,7 @@ def restore(engine: Engine, state: TrainingState) -> None:
         deepspeed.optimizer.update_lp_params()
 
 
-def _read(state: TrainingState, kind: str, where: tuple[Any, ...]) -> Tensor:
+def _read(state: TrainingState | StartingState, kind: str, where: tuple[Any, ...]) -> Tensor:
     name, shard, begin, count = where
     return state.read(name, kind, shard, begin, count)
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from megayoco.config import RunConfig, load_config
+from megayoco.config import RunConfig
 from megayoco.config.parallel import check_bands
 from megayoco.convert.checkpoints import recover
+from megayoco.convert.weights import Weights
 from megayoco.data.batches import Batches, ValidationBatches
 from megayoco.data.datasets import Datasets, build_datasets, resolve_tokenizer, with_blend_files
 from megayoco.dsconfig import load_deepspeed_config, precision
@@ -32,13 +33,16 @@ from megayoco.train.checkpoint import (
     layout_values,
     load,
     newest_whole,
+    on_nvme,
     verify_together,
 )
 from megayoco.train.engine import Engine, engine_config
+from megayoco.train.holdings import restore
 from megayoco.train.memory import MemoryEstimate, check_memory, estimate_memory, resolve_bands
 from megayoco.train.metrics import Peak, find_peak
 from megayoco.train.output import OutputPlan, check_data, plan_output, prepare_output, record_data, recorded_data
 from megayoco.train.phases import Timeline, phase_label, phase_notes
+from megayoco.train.starting import StartingState, check_start, load_run, read_start, start_lines
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Session:
     def __init__(self, request: Request, launch: Launch, device: torch.device) -> None:
         self.launch, self.device = launch, device
         with all_ranks_agree():
-            self.run: RunConfig = with_blend_files(load_config(request.config, list(request.overrides)))
+            self.run: RunConfig = with_blend_files(load_run(request.config, list(request.overrides)))
             data_size = self._check_layout()
             self.ds_config = load_deepspeed_config(request.deepspeed_config, self.run, data_size, device)
             self._check_precision()
@@ -88,6 +92,8 @@ class Session:
             self.tokenizer = self._tokenizer()
             if self.plan.checkpoint is not None:
                 check_tokenizer(self.plan.checkpoint, self.tokenizer)
+        with all_ranks_agree():
+            start = self._starting_weights()
         self.step = self.plan.checkpoint.step if self.plan.checkpoint else 0
         # the data of every phase, so that a prefix missing in the last one does not end the run after a week
         position = self.timeline.position(self.step)
@@ -108,6 +114,8 @@ class Session:
         self.engine.begin_phase(first)
         if self.plan.checkpoint is not None:
             load(self.engine, self.plan.checkpoint)
+        elif start is not None:
+            restore(self.engine, StartingState(start))
         self.parameters = count_parameters(self.engine.module, self.topology)
         self.peak: Peak = find_peak(device, precision(self.ds_config))
         barrier()
@@ -151,7 +159,8 @@ class Session:
             f"{self.timeline.total_tokens:,} tokens, output {self.directory}",
         }
         width = max(map(len, lines))
-        more = [("checkpoint", line) for line in self._checkpoint_lines()]
+        more = [("weights", line) for line in self._start_lines]
+        more += [("checkpoint", line) for line in self._checkpoint_lines()]
         more += [("bands", line) for line in self._band_lines]
         more += [("data", line) for line in self._data_lines] + [("note", line) for line in phase_notes(run)]
         return [f"{name:<{width}}  {value}" for name, value in [*lines.items(), *more]]
@@ -174,6 +183,21 @@ class Session:
         if plan.checkpoint is not None:
             verify_together(plan.checkpoint)
         return plan
+
+    def _starting_weights(self) -> Weights | None:
+        """What a new run starts with in place of its seed."""
+        self._start_lines: list[str] = []
+        if self.run.model.init_from is None or self.plan.checkpoint is not None:
+            return None
+        if on_nvme(self.ds_config):
+            raise UserError(
+                "model.init_from cannot fill optimizer states on NVMe. Set zero_optimization.offload_optimizer.device"
+                " to cpu; after the first checkpoint, --resume goes on there with cpu as well."
+            )
+        weights = read_start(self.run.model.init_from)
+        check_start(weights, self.run.model)
+        self._start_lines = start_lines(weights, self.run.model, self.tokenizer)
+        return weights
 
     def _checkpoint_lines(self) -> list[str]:
         """Which checkpoint the run goes on from, where that is not a matter of course."""

@@ -45,7 +45,7 @@ class Layout:
 def write_config(
     directory: Path,
     text: str,
-    model: str,
+    model: str | dict[str, Any],
     layout: Layout,
     steps: int,
     ds_config: dict[str, Any] | None,
@@ -54,7 +54,7 @@ def write_config(
 ) -> None:
     """run.yaml and ds.json of a run of `steps` steps, its output in `directory`/run."""
     config = {
-        "model": MODELS[model],
+        "model": MODELS[model] if isinstance(model, str) else model,
         "parallel": {
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
@@ -105,7 +105,7 @@ def run(
     workers: Workers,
     directory: Path,
     text: str,
-    model: str,
+    model: str | dict[str, Any],
     layout: Layout,
     steps: int,
     ds_config: dict[str, Any] | None = None,

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from megayoco.convert.checkpoints import NOTE
 from megayoco.convert.training import TrainingState, read_training_checkpoint
 from megayoco.errors import UserError
 from megayoco.parallel.shards import Shard
 from tests.distributed.runs import Layout, exported, run
-from tests.workers import WorkerError, Workers
+from tests.workers import Workers
 
 HALF, STEPS = 10, 20
 RATE = 2e-3
@@ -171,26 +170,6 @@ def test_master_weights_equal_those_of_zero_to_fp32(
     assert all(torch.equal(ours.tensors[name], theirs[name]) for name in theirs)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_only_on_demand(
-    workers: Workers, undisturbed: Any, text: str, tmp_path: Path
-) -> None:
-    """One bit of one file: the sizes are right, the checksum is not."""
-    layout = Layout(2, zero=3)
-    whole = undisturbed("yoco-window", layout)
-    shutil.copytree(whole.directory / "run", tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoints" / f"global_step{STEPS}"
-    victim = max(newest.glob("*optim_states.pt"))
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 4
-    victim.write_bytes(content)
-    with pytest.raises(WorkerError, match=f"{victim.name} is not what was written.*--resume auto"):
-        run(workers, tmp_path, text, "yoco-window", layout, STEPS, resume="latest", learning_rate=RATE)
-    metrics = run(workers, tmp_path, text, "yoco-window", layout, STEPS, resume="auto", learning_rate=RATE)
-    assert losses(metrics)[HALF:] == whole.losses()
-    assert (newest.parent / "latest").read_text() == newest.name
-    assert json.loads((newest / NOTE).read_text())["step"] == STEPS  # made anew, whole
-
-
 def test_a_checkpoint_without_a_parameter_is_refused(undisturbed: Any, tmp_path: Path) -> None:
     whole = undisturbed("yoco-window", Layout(2, zero=3))
     folder = tmp_path / whole.half.name
@@ -202,10 +181,3 @@ def test_a_checkpoint_without_a_parameter_is_refused(undisturbed: Any, tmp_path:
         TrainingState(folder).read("norm.weight", "weight", Shard((32,)))
     with pytest.raises(UserError, match=r"no.weight has shape None"):
         TrainingState(folder).read("no.weight", "weight", Shard((32,)))
-
-
-def test_old_checkpoints_go_as_the_config_says(workers: Workers, text: str, tmp_path: Path) -> None:
-    kept = {"interval": 2, "keep_last": 2, "keep_every": 4}
-    run(workers, tmp_path, text, "llama", Layout(1, micro_batch=8), 11, checkpoint=kept)
-    found = sorted(int(path.name[11:]) for path in (tmp_path / "run" / "checkpoints").glob("global_step*"))
-    assert found == [4, 8, 10, 11]

@@ -50,6 +50,11 @@ def config(prefix, tmp_path_factory):
     return path
 
 
+def losses_of(output):
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
 class Result:
     def __init__(self, code, captured):
         self.code, self.out, self.err = code, captured.out, captured.err
@@ -125,6 +130,44 @@ def test_a_run_and_its_exact_continuation(train, tmp_path):
 
     changed = train(cut, "--resume", "model.hidden_dim=96")
     assert (changed.code, "model.hidden_dim = 64, this run has 96" in changed.err) == (2, True)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_only_on_demand(train, tmp_path):
+    """One bit of one file: the sizes are right, the checksum is not."""
+    out = tmp_path / "out"
+    assert train(out, "checkpoint.keep_last=2").code == 0
+    losses = losses_of(out)
+    newest = out / "checkpoints" / "global_step10"
+    victim = newest / "mp_rank_00_model_states.pt"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content)
+    result = train(out, "--resume")
+    assert result.code == 2
+    assert re.fullmatch(r"error: .*mp_rank_00_model_states.pt is not what was written.*--resume auto.*\n", result.err)
+    result = train(out, "--resume", "auto")
+    assert result.code == 0, result.err
+    assert "passed over: " in result.out and "resumed at step 5" in result.out
+    assert losses_of(out) == losses
+    assert train(out, "--resume").code == 0  # the newest was made anew
+    for path in (newest, newest.with_name("global_step5")):
+        (path / "layout.json").unlink()
+    result = train(out, "--resume", "auto")
+    assert result.code == 2
+    assert "is whole. The newest: " in result.err
+
+
+def test_auto_begins_where_nothing_is_saved_and_a_tag_names_a_checkpoint(train, tmp_path):
+    out = tmp_path / "out"
+    result = train(out, "--resume", "auto")
+    assert result.code == 0 and "new run" in result.out
+    losses = losses_of(out)
+    # an override behind the bare flag is no tag
+    assert train(out, "--resume", "checkpoint.keep_last=2").code == 0
+    result = train(out, "--resume", "global_step5")
+    assert result.code == 0 and "resumed at step 5" in result.out
+    assert losses_of(out) == losses
+    assert train(out, "--resume", "global_step7").err.startswith("error: --resume global_step7: ")
 
 
 def test_data_that_was_made_anew_is_no_data_to_resume_on(train, prefix, tmp_path):
