@@ -15,6 +15,7 @@ from megayoco.model.parameters import canonical_parameters, gather_canonical, sh
 from megayoco.model.pipeline import build_pipeline
 from megayoco.parallel.sequence import own_chunks
 from megayoco.parallel.topology import Topology, build_topology
+from tests.model.cases import Batch, decoder, gradients
 
 SEED = 3
 VOCAB = 64
@@ -35,6 +36,7 @@ class Case:
     checkpointing: bool = False
     dtype: torch.dtype = torch.float64
     documents: bool = True
+    tokens: int = 24
 
     def __str__(self) -> str:
         data = self.world // (self.tensor * self.pipeline * self.sequence)
@@ -123,6 +125,22 @@ def _run_plain(config: ModelConfig, case: Case, topology: Topology, micro_batche
     for gradient in gradients.values():
         dist.all_reduce(gradient, group=topology.gradient_group)
     return loss.item(), gradients, decoder
+
+
+def shared_sequence_steps(steps: list[tuple[str, int, str, Batch]]) -> list[tuple[float, dict[str, Tensor]]]:
+    """This rank's part of loss sum and gradients of (model, bands, order, batch) of tests/model/cases.py, where all
+    ranks of the world share every sequence. Many steps in one process group: starting one costs more than they do."""
+    ranks = dist.get_world_size()
+    topology = build_topology(ParallelConfig(sequence=ranks), decoder(steps[0][0]).config)
+    models = {name: decoder(name, topology=topology) for name in dict.fromkeys(step[0] for step in steps)}
+    results = []
+    for name, bands, order, batch in steps:
+        model = models[name]
+        model.set_bands(bands, order)
+        own = (None if x is None else own_chunks(x, topology.sequence_rank, ranks, bands) for x in batch)
+        loss, _ = model(*own)
+        results.append((loss.item(), gradients(model, loss)))
+    return results
 
 
 def _replicas(topology: Topology) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,8 +16,10 @@ from tests.distributed.steps import (
     one_process,
     packed_batch,
     parallel_step,
+    shared_sequence_steps,
     zero3_bf16_weights,
 )
+from tests.model.cases import CASES, batch, decoder, gradients
 from tests.workers import Workers
 
 MODELS = ["yoco-retention", "yoco-window", "llama", "yoco-tied"]
@@ -44,7 +48,7 @@ SEQUENCE = [
 BANDS = [
     Case(world=2, bands=4, order="split"),
     Case(world=2, sequence=2, bands=4),
-    Case(world=4, sequence=4, bands=3, micro_batch=1, checkpointing=True),
+    Case(world=4, sequence=4, bands=4, micro_batch=1, checkpointing=True, tokens=32),
     Case(world=4, sequence=2, tensor=2, bands=4, micro_batch=8),
     Case(world=4, sequence=2, tensor=2, bands=2, order="split", documents=False),
     Case(world=4, sequence=2, pipeline=2, bands=4),
@@ -73,14 +77,14 @@ BANDS_FP32 = [
 
 
 def check(workers: Workers, model: str, case: Case, loss_tolerance: float, tolerance: float) -> None:
-    batch = packed_batch()
-    loss, gradients = one_process(model, batch, case.dtype, case.documents)
-    results = workers.run(parallel_step, model, case, batch, world=case.world)
+    data = packed_batch(tokens=case.tokens)
+    loss, wanted = one_process(model, data, case.dtype, case.documents)
+    results = workers.run(parallel_step, model, case, data, world=case.world)
     for rank, (got_loss, _) in enumerate(results):
         assert got_loss == pytest.approx(loss, rel=loss_tolerance), f"rank {rank}"
     got = results[0][1]
-    assert got.keys() == gradients.keys()  # a parameter without gradient is a failure, not a skip
-    for name, expected in gradients.items():
+    assert got.keys() == wanted.keys()  # a parameter without gradient is a failure, not a skip
+    for name, expected in wanted.items():
         error = (got[name] - expected).abs().max() / expected.abs().max()
         assert error < tolerance, f"{name}: relative error {error:.1e}"
 
@@ -109,6 +113,51 @@ def test_fp32_of_a_shared_sequence_equals_one_process(workers: Workers, model: s
 def test_float64_in_bands_equals_one_process(workers: Workers, model: str, case: Case) -> None:
     """Chunks of 2 to 12 tokens, a row without targets, rows that run compacted."""
     check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_number_of_bands_gives_every_gradient_to_twelve_digits(workers: Workers, ranks: int) -> None:
+    """Chunks of 12, 6 and 3 tokens; the longer window covers several of them and of the documents."""
+    steps = [
+        (name, bands, "fused", batch(12 * bands, rows=1, seed=bands))
+        for name in ("retention, one layer", "long window, one layer")
+        for bands in range(1, 9)
+    ]
+    check_shared_sequences(workers, ranks, steps, 1e-12)
+
+
+HARD = [
+    "a chunk without targets",
+    "no target at all",
+    "one target, behind a chunk's edge",
+    "borders on the edges of chunks",
+    "documents shorter than a window",
+    "documents of one token",
+]
+
+
+def test_cases_that_invite_mistakes_on_four_ranks(workers: Workers) -> None:
+    """Chunks of 3 tokens: a window reaches over more than a whole band."""
+    steps = [
+        (name, 4, order, CASES[case]())
+        for name, order in (("retention", "split"), ("long window", "fused"))
+        for case in HARD
+    ]
+    check_shared_sequences(workers, 4, steps, 1e-11)
+
+
+def check_shared_sequences(workers: Workers, ranks: int, steps: list[Any], tolerance: float) -> None:
+    results = workers.run(shared_sequence_steps, steps, world=ranks)
+    for step, parts in zip(steps, zip(*results, strict=True), strict=True):
+        name, bands, _, data = step
+        model = decoder(name)
+        loss, _ = model(*data)
+        assert sum(part for part, _ in parts) == pytest.approx(loss.item(), rel=1e-12, abs=1e-12)
+        for parameter, expected in gradients(model, loss).items():
+            got = torch.stack([part[parameter] for _, part in parts]).sum(0)
+            # of keys that alone are seen the gradient is zero, and rounding is all that there is
+            error = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-4)
+            assert error < tolerance, f"{name} in {bands} bands, {parameter}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("case", BANDS_FP32, ids=str)

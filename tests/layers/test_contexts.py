@@ -1,7 +1,8 @@
 """Contexts are monoids, and a fold of a mixer over any split of a sequence is one pass: values and every gradient.
 
 Sequence parallelism, training in bands, prefill and decoding are all such folds; the drawn cases have documents, a
-context before the first token, chunks of one token, and windows longer and shorter than a chunk.
+context before the first token, chunks of one token, and windows longer and shorter than a chunk or a document. Cross
+attention makes no context: its left one is the shared keys and values up to the chunk's end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ B, HEADS, DIM, WINDOW = 2, 2, 4, 4
 MODEL = ModelConfig(
     dim=HEADS * DIM, layers=2, hidden_dim=4, heads=HEADS, vocab_size=4, self_mixer="window", window=WINDOW
 )
-KINDS = ("retention", "window", "full", "shared_kv")
+KINDS = ("retention", "window", "full", "shared_kv", "cross")
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -71,6 +72,7 @@ class Sequence:
             parts = [random(seed, B, HEADS, DIM, DIM), -random(seed + 1, B, HEADS).abs()]
             return RetentionState(*(x.requires_grad_() for x in parts))
         kept = min(self.before, WINDOW - 1) if kind == "window" else self.before
+        kept += self.tokens if kind == "cross" else 0
         return KeyValues(*(random(seed + i, B, kept, HEADS, DIM).requires_grad_() for i in range(2)))
 
 
@@ -92,9 +94,11 @@ def fold(kind: str, module: Any, sequence: Sequence, lengths: tuple[int, ...]) -
         at = slice(first, first + length)
         start = None if starts is None else starts[:, at]
         positions = Positions.of_chunk(sequence.before + first, length, x.device, start)
+        first += length
+        if kind == "cross":
+            context = left.first(sequence.before + first)
         y, context = module(x[:, at], positions, context)
         outputs.append(y)
-        first += length
     y = torch.cat(outputs, 1)
     results = [y, *context]
     # border-crossing decays are infinite: as values they must agree, and they have no gradient

@@ -18,8 +18,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "window": dict(self_mixer="window", window=6, self_heads=4),
     "long window": dict(self_mixer="window", window=20, self_heads=4),
     "tied": dict(self_heads=2, tie_embeddings=True, self_layers=1, layers=3),
+    "retention, one layer": dict(self_heads=2, layers=2),
+    "long window, one layer": dict(self_mixer="window", window=20, self_heads=4, layers=2),
 }
-"""The windows are longer than some documents, the second one also than a chunk of 12, 6 or 3 tokens."""
+"""The windows are longer than some documents, the long one also than chunks of 12, 6 and 3 tokens."""
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 

@@ -13,7 +13,7 @@ from megayoco.layers.context import KeyValues
 from megayoco.model.bands import Bands, Stage, banded_loss, banded_stage
 from megayoco.model.decoder import Decoder
 from megayoco.ops.attention_store import KeyValueStore
-from tests.model.cases import CASES, MODELS, batch, decoder, gradients
+from tests.model.cases import CASES, batch, decoder, gradients
 
 COMMON = ("retention", "window", "tied")
 
@@ -57,7 +57,7 @@ def test_without_documents_and_with_recomputation(name: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["fused", "split"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["retention", "long window"])
 @pytest.mark.parametrize("case", CASES)
 def test_cases_that_invite_mistakes(case: str, name: str, order: str) -> None:
     """Four chunks of 12 tokens; on several ranks: tests/distributed/test_parity.py."""
