@@ -8,7 +8,7 @@ Prints, for every phase, what one rank holds and sends, the seconds of a step by
 megayoco/train/planning.py says how each is counted. Memory estimates of activations were within 10 % of measured peaks
 on CPU; times rest on the efficiencies assumed, which are flags and are printed. --search tries every layout of the GPUs
 (tensor, pipeline, sequence, ZeRO, checkpointing, and bands phase by phase) and lists the ten fastest that fit.
-Bandwidths are those of one GPU.
+Bandwidths are those of one GPU. A run that does not fit is still printed, and ends with an error and exit code 2.
 """
 
 import argparse
@@ -81,12 +81,15 @@ def main(arguments: Sequence[str]) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed is asked about its config only
     # late: they take seconds, and the help text and wrong flags need none of them
     from megayoco.config import load_config
+    from megayoco.config.parallel import check_bands
     from megayoco.dsconfig import load_deepspeed_config, precision
     from megayoco.train.engine import engine_config
     from megayoco.train.metrics import PEAK_TFLOPS
     from megayoco.train.planning import Axes, check_batches, plan_run, search_layouts
 
     run = load_config(options.config, options.overrides)
+    for number in range(len(run.phases)):
+        check_bands(run.phase_bands(number), run.model, f"phases.{number}.bands")
     parallel = run.parallel
     if options.search:  # any layout will do to read the DeepSpeed config by
         parallel = dataclasses.replace(parallel, tensor=1, pipeline=1, sequence=1)
@@ -101,9 +104,12 @@ def main(arguments: Sequence[str]) -> None:
     cluster = make_cluster(options, PEAK_TFLOPS["H100"][1 if kind == "fp32" else 0])
     result: dict[str, Any] = {"cluster": dataclasses.asdict(cluster)}
     print_head(run, cluster, kind)
+    problem = None
     if options.search:
         found = search_layouts(run, ds_config, cluster)
         print_search(found)
+        if not found.plans:
+            problem = f"None of {found.tried} layouts fits."
         result["search"] = {
             "tried": found.tried,
             "dropped": dict(found.dropped),
@@ -114,11 +120,25 @@ def main(arguments: Sequence[str]) -> None:
         plan = plan_run(run, ds_config, axes, cluster)
         print_plan(plan, cluster)
         result["plan"] = plan_values(plan)
+        if not plan.fits:
+            phases = ", ".join(phase.label for phase in plan.phases if not phase.fits)
+            problem = f"Phase {phases} does not fit into {cluster.memory_share:.0%} of the memory."
     if options.json:
         try:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--json {options.json} cannot be written: {error.strerror}.") from None
+    if problem is not None:
+        raise UserError(f"{problem} {remedy(run, options.search)}")
+
+
+def remedy(run: "RunConfig", searched: bool) -> str:
+    """What helps a run that does not fit."""
+    bands = " parallel.bands=auto," if not searched and run.model.pattern == "yoco" else ""
+    return (
+        f"Use{'' if searched else ' --search,'}{bands} more GPUs, offloading (ds_configs/), a smaller micro_batch_size"
+        " or shorter sequences."
+    )
 
 
 def make_cluster(options: argparse.Namespace, peak_tflops: float) -> "Cluster":
@@ -202,6 +222,9 @@ def print_plan(plan: "Plan", cluster: "Cluster") -> None:
         values = [phase.seconds[name] for phase in phases]
         if any(value >= 0.005 for value in values):
             row(f"  {name}", [f"{value:.2f}" for value in values])
+    hidden = [phase.hidden_seconds for phase in phases]
+    if any(value >= 0.005 for value in hidden):
+        row("data, behind the computation", [f"{value:.2f}" for value in hidden])
     row("model FLOP utilisation", [f"{phase.mfu:.1%}" for phase in phases])
     row("tokens per second", [f"{phase.tokens_per_second:,.0f}" for phase in phases])
     row("steps", [f"{phase.steps:,}" for phase in phases])
@@ -215,7 +238,6 @@ def print_search(found: "SearchResult") -> None:
     for reason, count in found.dropped.most_common():
         print(f"         {count:4} dropped: {reason}")
     if not found.plans:
-        print("\nNone fits: use more GPUs, offloading (ds_configs/), smaller micro-batches or shorter sequences.")
         return
     labels = [phase.label for phase in found.plans[0].phases]
     several = len(labels) > 1

@@ -2,9 +2,11 @@
 
 Conventions. A product of an (m, k) and a (k, n) matrix is 2 m n k. Only matrix products count: norms, softmax, rotary,
 gates and the embedding lookup do not. Only what the model needs counts: of causal attention the visible pairs of query
-and key, not the masked half that some kernels compute; no second forward pass of activation checkpointing. Document
-masks hide further pairs, which are not taken off. Backward needs two products for each one of forward, so a training
-step is 3 x forward.
+and key, not the masked half that some kernels compute; no second forward pass, neither of activation checkpointing nor
+of a walk over bands. Counted is a sequence that is one document with a target in every row. Borders inside it
+(`document_mask`) hide pairs, and a walk over bands leaves out rows without target; neither is taken off, so there the
+utilisation comes out too high, and figures of different data do not compare. Backward needs two products for each one
+of forward, so a training step is 3 x forward.
 
 Per sequence of N tokens (D dim, F hidden_dim, V vocabulary, G kv heads, K head dim, W window, H_s self heads,
 K_s = D / H_s; pairs(n) = n (n + 1) / 2; first, last: tokens of the first and last of the chunks of RETENTION_CHUNK):

@@ -1,7 +1,8 @@
 """Memory, bytes sent, time and utilisation of a run on a cluster, before it runs; and the layout that suits it best.
 
 Time is counted, not simulated: operations over peak times an assumed efficiency, bytes over bandwidth times an assumed
-efficiency, nothing overlapped but what DeepSpeed overlaps on the data axis. Its use is to compare layouts.
+efficiency, nothing overlapped but what DeepSpeed overlaps on the data axis: with its overlap_comm, and no pipeline, up
+to half of the computation's time hides traffic, which is told apart. Its use is to compare layouts.
 
     a micro-batch on a stage   products / (peak e_m) + attention / (peak e_a) + its bytes on every axis / bandwidth
     a step of M micro-batches  the sum over stages, and M - 1 times the slowest of them (the pipeline's bubble included)
@@ -13,7 +14,7 @@ busiest has 1 + (1 - 1/P) / n times the mean of full and cross attention. What r
 pieces counts as attention.
 
 Model FLOP utilisation = operations that the model needs (megayoco/model/flops.py: forward and twice as much for
-backward, nothing that runs again) / (seconds x peak of all GPUs).
+backward, nothing that runs again; document borders are taken to hide no pair) / (seconds x peak of all GPUs).
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class PhasePlan:
     """Operations of a step that run, per GPU on average."""
     seconds: dict[str, float]
     """Of a step, by cause."""
+    hidden_seconds: float
+    """Of the traffic on the data axis, beside those: what runs behind the computation."""
     seconds_per_step: float
     mfu: float
     tokens_per_second: float
@@ -217,8 +220,8 @@ class _Draft:
         ]
         return max(found, key=lambda estimate: estimate.device)
 
-    def step_seconds(self, ds_config: dict[str, Any]) -> dict[str, float]:
-        """Time of a step by cause."""
+    def step_seconds(self, ds_config: dict[str, Any]) -> tuple[dict[str, float], float]:
+        """Time of a step by cause, and that of the traffic behind it, which counts no more."""
         totals = [sum(seconds.values()) for seconds in self.seconds]
         slowest = self.seconds[totals.index(max(totals))]
         seconds = {cause: self.micro_batches * value for cause, value in slowest.items()}
@@ -227,13 +230,14 @@ class _Draft:
         axes, zero = self.axes, ds_config.get("zero_optimization", {})
         replicas = axes.data * axes.sequence
         data = sum(self.step_volume(ds_config).values()) / self.cluster.bandwidth(axes.tensor, replicas)
+        hidden = 0.0
         if zero.get("overlap_comm", _zero_stage(ds_config) == 3) and axes.pipeline == 1:
-            data = max(0.0, data - HIDDEN * computing)
-        seconds["data"] = data
+            hidden = min(data, HIDDEN * computing)
+        seconds["data"] = data - hidden
         if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
             # gradients down and parameters up, of this rank's share
             seconds["host"] = self._parameters() / replicas * 2 * self.work.width / self.cluster.host_link
-        return seconds
+        return seconds, hidden
 
     def step_volume(self, ds_config: dict[str, Any]) -> dict[str, float]:
         """Bytes over the data axis."""
@@ -243,7 +247,7 @@ class _Draft:
     def finish(self, ds_config: dict[str, Any]) -> PhasePlan:
         """The plan under one DeepSpeed config."""
         phase, cluster = self.run.phases[self.number], self.cluster
-        memory, seconds = self.memory(ds_config), self.step_seconds(ds_config)
+        memory, (seconds, hidden) = self.memory(ds_config), self.step_seconds(ds_config)
         total = sum(seconds.values())
         totals = [sum(part.values()) for part in self.seconds]
         volume = self.volumes[totals.index(max(totals))]
@@ -262,6 +266,7 @@ class _Draft:
             model_flops=needed / cluster.gpus,
             executed_flops=executed,
             seconds=seconds,
+            hidden_seconds=hidden,
             seconds_per_step=total,
             mfu=needed / (total * cluster.gpus * cluster.peak),
             tokens_per_second=phase.tokens_per_step / total,
@@ -434,7 +439,7 @@ def _fastest(drafts: list[_Draft], ds_config: dict[str, Any], cluster: Cluster) 
     limit = cluster.memory_share * cluster.gpu_memory
     fitting = [draft for draft in drafts if draft.memory(ds_config).device <= limit]
     good = [draft for draft in fitting if draft.work.bands == 1 or draft.work.chunk >= GOOD_CHUNK]
-    return min(good or fitting[:1], key=lambda draft: sum(draft.step_seconds(ds_config).values()), default=None)
+    return min(good or fitting[:1], key=lambda draft: sum(draft.step_seconds(ds_config)[0].values()), default=None)
 
 
 def _zero_stage(ds_config: dict[str, Any]) -> int:

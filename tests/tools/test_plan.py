@@ -128,9 +128,53 @@ def test_search_finds_the_fastest_that_fits_and_accounts_for_the_others() -> Non
 
 
 def test_search_tells_when_memory_is_the_reason(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--config", config, "--gpus", 2, "--gpu-memory", 8, "--search") == 0
-    out = capsys.readouterr().out
-    assert "phase 0 does not fit into 85% of the memory" in out and "None fits" in out
+    assert run("--config", config, "--gpus", 2, "--gpu-memory", 8, "--search") == 2
+    found = capsys.readouterr()
+    assert "phase 0 does not fit into 85% of the memory" in found.out
+    assert found.err.startswith("error: None of") and "more GPUs" in found.err
+
+
+def test_what_does_not_fit_is_printed_and_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    target = tmp_path / "plan.json"
+    flags = ["--deepspeed-config", ZERO2, "--json", target]
+    assert run("--config", config, "--gpus", 1, "phases.0.bands=2", *flags) == 2
+    found = capsys.readouterr()
+    assert "NO" in found.out
+    assert found.err.strip().splitlines()[-1].startswith("error: Phase 0 does not fit into 85% of the memory. Use")
+    assert not json.loads(target.read_text())["plan"]["phases"][0]["fits"]
+    assert run("--config", config, "--gpus", 1, "--gpu-memory", 800, "phases.0.bands=2", *flags) == 0
+
+
+def test_traffic_behind_the_computation_has_a_row_of_its_own(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What DeepSpeed overlaps lengthens no step, and is still there."""
+    found = {}
+    for overlap in (False, True):
+        path = tmp_path / f"{overlap}.json"
+        path.write_text(
+            json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2, "overlap_comm": overlap}})
+        )
+        flags = ["--gpus", 8, "--gpu-memory", 141, "--network-efficiency", 0.001]
+        assert run("--config", config, "--deepspeed-config", path, *flags, "--json", tmp_path / "plan.json") == 0
+        assert ("data, behind the computation" in capsys.readouterr().out) == overlap
+        found[overlap] = json.loads((tmp_path / "plan.json").read_text())["plan"]["phases"][0]
+    apart, behind = found[False], found[True]
+    assert apart["hidden_seconds"] == 0 < behind["hidden_seconds"]
+    assert behind["seconds"]["data"] + behind["hidden_seconds"] == pytest.approx(apart["seconds"]["data"])
+    assert behind["seconds_per_step"] + behind["hidden_seconds"] == pytest.approx(apart["seconds_per_step"])
+
+
+def test_the_peak_is_that_of_the_runs_format(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    found = {}
+    for name, flags in (("bf16", ["--deepspeed-config", ZERO2]), ("fp32", [])):
+        arguments = ["--gpus", 8, "--gpu-memory", 800, *flags, "--json", tmp_path / "plan.json"]
+        assert run("--config", config, *arguments) == 0
+        found[name] = json.loads((tmp_path / "plan.json").read_text())
+    assert "67 TFLOP/s peak" in capsys.readouterr().out
+    assert [found[name]["cluster"]["peak"] / 1e12 for name in ("bf16", "fp32")] == [989.5, 67]
+    products = [found[name]["plan"]["phases"][0]["seconds"]["products"] for name in ("bf16", "fp32")]
+    assert products[1] == pytest.approx(products[0] * 989.5 / 67)
 
 
 def test_prints_every_phase_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +202,7 @@ def test_prints_every_phase_and_writes_json(tmp_path: Path, capsys: pytest.Captu
         (["--gpus", 64, "parallel.sequence=64"], "tensor 2 = 128"),
         (["--gpus", 64, "phases.3.bands=3"], "phases.3.sequence_length 1048576 cannot be cut"),
         (["--gpus", 64, "phases.3.bands=auto", "--gpu-memory", 9], "phases.3: bands auto finds no number that fits"),
+        (["--gpus", 64, "model.preset=llama-3b"], "phases.1.bands is 2, but in the llama pattern"),
         (["--gpus", 48], "phases.0: batch_size 1024 cannot be split"),
         (["--gpus", 64, "parallel.tensr=2"], "unknown key parallel.tensr"),
         (["--gpus", 64, "--json", "absent/plan.json"], "--json absent/plan.json cannot be written"),
