@@ -7,6 +7,7 @@ from pathlib import Path
 from megayoco.config import ModelConfig
 from megayoco.convert.checkpoints import NOTE, saved_steps
 from megayoco.convert.export import check_tokenizer, is_export, read_export, write_export
+from megayoco.convert.names import check_tensors, tensor_shapes
 from megayoco.convert.weights import Weights
 from megayoco.data.tokenizer import Tokenizer
 
@@ -31,6 +32,8 @@ def read(path: Path, tokenizer: Tokenizer | None = None) -> Weights:
         from megayoco.convert.training import read_training_checkpoint
 
         weights = read_training_checkpoint(path)
+        check_tensors(path, weights.tensors, tensor_shapes(weights.model), NOTE)
+        check_tokenizer(path, weights.tokenizer, weights.model)
     elif is_export(path / EXPORT_FOLDER) and not is_export(path):
         weights = read_export(path / EXPORT_FOLDER)
     else:

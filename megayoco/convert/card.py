@@ -58,10 +58,10 @@ def cache_sizes(model: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str]]
 
 def _introduction(model: ModelConfig) -> str:
     if model.pattern == "llama":
-        return "A decoder-only language model (LLaMA), trained with MegaYOCO."
+        return "A decoder-only language model (LLaMA), written by MegaYOCO."
     mixer = "gated retention" if model.self_mixer == "retention" else "sliding-window attention"
     return (
-        f"A decoder-decoder language model (YOCO, arXiv 2405.05254), trained with MegaYOCO. Its self-decoder uses"
+        f"A decoder-decoder language model (YOCO, arXiv 2405.05254), written by MegaYOCO. Its self-decoder uses"
         f" {mixer}; all layers of its cross-decoder read one pair of keys and values, which are made once."
     )
 

@@ -44,6 +44,7 @@ def whole_folder(target: Path, what: str) -> Iterator[Path]:
     Raises:
         UserError: something cannot be written. Whatever ends the block early, nothing half-written stays.
     """
+    target = target.resolve() if target.is_symlink() else target  # the link stays, what it points to is replaced
     partial, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "replaced"))
     try:
         if replaced.exists() and not target.exists():  # killed between the two renames below

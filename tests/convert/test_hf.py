@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from megayoco.convert.formats import read_weights, recognise, write_weights
 from megayoco.errors import UserError
 from megayoco.hf import CODE_FILES
+from megayoco.hf.modeling_megayoco import MegaYocoForCausalLM
 from tests.convert.models import assert_same, listing, random_weights
 
 
@@ -118,6 +119,16 @@ def test_without_tokenizer_and_facts(tmp_path):
     assert_same(found, weights)
     assert (found.tokenizer, found.facts) == (None, {})
     assert "Nothing was recorded." in (tmp_path / "f" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["retention", "window"])
+def test_what_transformers_saves_comes_back(tmp_path, name):
+    weights = random_weights(name)
+    write_weights(tmp_path / "f", "hf", weights)
+    MegaYocoForCausalLM.from_pretrained(tmp_path / "f").save_pretrained(tmp_path / "saved")
+    found = read_weights(tmp_path / "saved")
+    assert_same(found, weights)
+    assert found.facts == weights.facts
 
 
 @pytest.mark.parametrize(

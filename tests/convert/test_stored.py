@@ -9,12 +9,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megayoco.convert.names import check_tensors
 from megayoco.convert.stored import PickledTensors, load_restricted, open_weights
+from megayoco.convert.weights import HeldTensors
 from megayoco.errors import UserError
 
 
 def tensors():
     return {name: torch.randn(3, 2, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abcd")}
+
+
+def test_numbers_that_are_no_weights(tmp_path):
+    save_file({"a": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    path, found = open_weights(tmp_path)
+    with pytest.raises(UserError, match=f"{path}: a has dtype I8; quantised weights cannot be converted"):
+        check_tensors(path, found, {"a": (2,)}, "config.json")
+    found = HeldTensors({"a": torch.ones(2, dtype=torch.int8)})
+    with pytest.raises(UserError, match=r"a has dtype torch\.int8; quantised"):
+        check_tensors(path, found, {"a": (2,)}, "config.json")
 
 
 def write_torch(folder):

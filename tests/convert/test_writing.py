@@ -161,6 +161,15 @@ def test_a_folder_lost_between_two_renames_comes_back(tmp_path):
     assert listing(tmp_path / "e") == {"old"}
 
 
+def test_a_link_stays_where_it_is(tmp_path):
+    (tmp_path / "disk" / "e").mkdir(parents=True)
+    (tmp_path / "e").symlink_to(tmp_path / "disk" / "e")
+    with whole_folder(tmp_path / "e", "the model") as folder:
+        (folder / "new").touch()
+    assert listing(tmp_path) == {"disk", "e"} and listing(tmp_path / "disk") == {"e"}
+    assert (tmp_path / "e").is_symlink() and listing(tmp_path / "e") == {"new"}
+
+
 def test_destinations(tmp_path):
     check_destination(tmp_path / "absent", False)
     check_destination(tmp_path, False)
