@@ -11,6 +11,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=2, help="how often tests/distributed/test_kills.py kills its run")
+
+
 @pytest.fixture(scope="session")
 def workers() -> Iterator[object]:
     """Four processes for the distributed tests, started at first use."""

@@ -1,0 +1,83 @@
+"""A run whose ranks are all killed at random moments, in steps and in saves, learns what it would have learnt.
+
+bash tests/run.sh tests/distributed/test_kills.py --kills 20
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.runs import Layout, run, write_config
+from tests.workers import Workers
+
+LAYOUT = Layout(2, zero=1)
+SAVES = {"interval": 3, "keep_last": 2}
+STEPS_PER_KILL = 24
+
+
+def start(directory: Path, log: Path) -> list[subprocess.Popen[bytes]]:
+    """The ranks of a run that goes on where it can."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "megayoco.train", "--config", "run.yaml", "--deepspeed_config", "ds.json"]
+    place = {"WORLD_SIZE": str(LAYOUT.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place |= {"LOCAL_WORLD_SIZE": place["WORLD_SIZE"], "DS_ACCELERATOR": "cpu", "MEGAYOCO_THREADS": "1"}
+    with log.open("ab") as output:
+        return [
+            subprocess.Popen(
+                [*command, "--resume", "auto"],
+                cwd=directory,
+                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=output,
+                stderr=output,
+            )
+            for rank in range(LAYOUT.world)
+        ]
+
+
+def wait_for(ranks: list[subprocess.Popen[bytes]], condition: object, seconds: float, log: Path) -> None:
+    until = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert all(rank.poll() is None for rank in ranks), log.read_text()[-3000:]
+        assert time.monotonic() < until, log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
+def test_a_run_killed_at_random_moments_equals_one_that_was_not(
+    workers: Workers, text: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    kills = request.config.getoption("--kills")
+    steps = STEPS_PER_KILL * (kills + 1)
+    (tmp_path / "whole").mkdir()
+    rate = 1e-3
+    whole = run(workers, tmp_path / "whole", text, "yoco-window", LAYOUT, steps, learning_rate=rate, checkpoint=SAVES)
+    write_config(tmp_path, text, "yoco-window", LAYOUT, steps, None, learning_rate=rate, checkpoint=SAVES)
+    latest, log = tmp_path / "run" / "checkpoints" / "latest", tmp_path / "log.txt"
+    moments = random.Random()
+    reached = []
+    for _ in range(kills):
+        before = latest.read_text() if latest.exists() else None
+        ranks = start(tmp_path, log)
+        wait_for(ranks, lambda before=before: latest.exists() and latest.read_text() != before, 120, log)
+        time.sleep(moments.uniform(0, 1))
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+        assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * LAYOUT.world, log.read_text()[-3000:]
+        reached.append(latest.read_text())
+    assert [rank.wait(240) for rank in start(tmp_path, log)] == [0] * LAYOUT.world, log.read_text()[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    got, expected = ([(x["step"], x["loss"], x["grad_norm"]) for x in part if "loss" in x] for part in (lines, whole))
+    print(f"killed after the checkpoints {', '.join(reached)}")
+    assert len(set(reached)) == kills  # each start went on
+    assert got == expected
