@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from megayoco.config import ModelConfig
 from megayoco.hf.configuration_megayoco import MegaYocoConfig
@@ -22,6 +24,35 @@ MODELS = {
 }
 BOTH = ("retention", "window")
 """One model of each mixer."""
+
+ATTENTIONS = ("sdpa", "eager", "bottom-right")
+
+
+def bottom_right(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What flash attention makes of its arguments: the last queries, a window, and the mask of padded keys (B, S)."""
+    T, S = query.shape[2], key.shape[2]
+    key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+    place = torch.arange(S)
+    visible = place <= place[-T:, None]
+    if sliding_window is not None:
+        visible = visible & (place > place[-T:, None] - sliding_window)
+    if attention_mask is not None:
+        visible = visible & attention_mask.bool()[:, None, None]
+    p = (query @ key.mT * scaling).masked_fill(~visible, -torch.inf).softmax(-1)
+    return (p.nan_to_num(0) @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("bottom-right", bottom_right)
+AttentionMaskInterface.register("bottom-right", flash_attention_mask)
 
 OUTER = {"lm_head.weight": "lm_head.weight", "shared_kv.norm.weight": "model.kv_norm.weight"}
 PARTS = {

@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 from megayoco.hf import modeling_megayoco
 from megayoco.hf.modeling_megayoco import MegaYocoForCausalLM, gated_retention
 from megayoco.ops.retention import empty_state, gated_retention_naive
-from tests.hf.models import BOTH, MODELS, build, decoder_logits, hf_config, tokens
+from tests.hf.models import ATTENTIONS, BOTH, MODELS, build, decoder_logits, hf_config, tokens
 
 EXACT = dict(rtol=0, atol=1e-10)
 
@@ -44,7 +44,7 @@ def in_pieces(
     return torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_the_decoders(name, attention):
     decoder, model = build(name, attention=attention)
@@ -60,7 +60,7 @@ def test_logits_equal_the_decoders_in_fp32(name):
     assert (model(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_pieces_equal_the_whole(name, attention):
     _, model = build(name, attention=attention)
@@ -79,7 +79,7 @@ def test_decoding_equals_the_decoders(name):
         torch.testing.assert_close(got, expected, **EXACT)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", BOTH)
 def test_only_wanted_rows_enter_the_cross_decoder(name, attention):
     _, model = build(name, attention=attention)
@@ -97,7 +97,7 @@ def test_only_wanted_rows_enter_the_cross_decoder(name, attention):
 
 
 @pytest.mark.parametrize("sizes", [[20], [6, 14], [1] * 20])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", BOTH)
 def test_left_padding_is_not_seen(name, attention, sizes):
     _, model = build(name, attention=attention)
