@@ -247,6 +247,7 @@ def backward_by_parts(
         dq[at] += dq_part
         dk[at_keys] += dk_part
         dv[at_keys] += dv_part
+        del dq_part, dk_part, dv_part  # or two slices' gradients would exist at a time
     return dq.to(q.dtype)
 
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field, fields
 from megayoco.config import ModelConfig
 from megayoco.model.bands import ROWS, ROWS_CPU
 from megayoco.ops import cross_entropy, retention
-from megayoco.ops.attention_store import KEYS_PER_SLICE
+from megayoco.ops.attention_store import KEYS_PER_SLICE, KEYS_PER_SLICE_CUDA
 
 SELF_LAYERS = ("retention", "window", "full")
 
@@ -231,9 +231,13 @@ def mixer_backward_bytes(work: Work, kind: str, tokens: int) -> float:
         C, K, H = _piece(work), model.self_head_dim, model.num_self_heads / t
         pieces = -(-min(_group_tokens(work), tokens) // C)
         return made + pieces * B * H * (3 * C * C + 8 * C * K + 2 * K * K) * work.wide - freed
-    # dq in fp32 and in w bytes; dk and dv slice by slice, on a GPU for every query head
+    # dq in fp32 and in w bytes; dk and dv, on a GPU for every query head
     made += rows * D / t * (work.wide + w)
-    keys = tokens * work.sequence if kind == "full" else min(tokens * work.sequence, KEYS_PER_SLICE)
+    keys = tokens * work.sequence
+    if kind == "cross" and work.bands > 1:  # the rows see all that stands left of them, a slice at a time
+        keys = min(work.length, KEYS_PER_SLICE_CUDA if work.gpu else KEYS_PER_SLICE)
+    elif kind == "window" and not work.gpu:
+        keys = min(keys, KEYS_PER_SLICE)
     made += B * keys * 2 * (D / t if work.gpu else work.kv_dim) * w
     if kind == "full" and work.sequence > 1:
         made += B * keys * 2 * work.kv_dim * 2 * work.wide

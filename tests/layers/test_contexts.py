@@ -20,6 +20,7 @@ from torch import Tensor
 from megayoco.config import ModelConfig
 from megayoco.layers.context import Positions
 from megayoco.layers.linear import Builder
+from megayoco.model.bands import Bands
 from megayoco.model.blocks import MIXERS, build_layer
 from megayoco.ops.key_values import KeyValues
 from megayoco.ops.retention import RetentionState, combine
@@ -119,6 +120,22 @@ def test_fold_over_any_split_is_one_pass(kind: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
     check()
+
+
+def test_positions_count_beyond_two_to_the_31() -> None:
+    far = 2**31 - 2
+    positions = Positions.of_chunk(
+        far, 5, torch.device("cpu"), torch.tensor([[far - 3, far - 3, far + 2, far + 2, far + 4]])
+    )
+    assert positions.index.tolist() == [far, far + 1, far + 2, far + 3, far + 4]
+    first = positions.first_in_chunk()
+    assert first is not None and first.tolist() == [[-3, -3, 2, 2, 4]]
+    visible = positions.first_visible(2)
+    assert visible is not None and visible.tolist() == [[0, 0, 4, 4, 6]]
+    some = positions.rows(torch.tensor([[0, 3]]))
+    assert some.index.tolist() == [[far, far + 3]] and some.start is not None
+    assert some.start.tolist() == [[far - 3, far + 2]]
+    assert Bands(2**12).offset(2**12 - 1, 2**20) == (2**12 - 1) * 2**20
 
 
 def combine_any(a: Any, b: Any, window: int | None) -> Any:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -219,6 +220,65 @@ def test_no_allocation_grows_with_the_store(sparse):
 def test_key_gradients_of_a_slice_do_not_grow_with_query_heads():
     slice_ = 2 * 256 * 2 * 16 * 4
     assert [largest_allocation(8, 4000, H, False) for H in (2, 4, 8)] == [slice_] * 3
+
+
+def sparse(path, shape, dtype):
+    """A tensor of zeros in a file of holes: only the pages that are written take room."""
+    numbers = torch.Size(shape).numel()
+    with open(path, "wb") as file:
+        file.truncate(numbers * dtype.itemsize)
+    return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(shape)
+
+
+def test_a_store_of_more_than_two_to_the_31_numbers(tmp_path):
+    """A million tokens of 24 heads of 128: documents at both ends, whose places differ by more than an int32 holds."""
+    S, H, K, length = 1 << 20, 24, 128, 20
+    tensors = [
+        sparse(tmp_path / name, (1, S, H, K), torch.float32 if name.startswith("d") else torch.bfloat16)
+        for name in ("key", "value", "dkey", "dvalue")
+    ]
+    assert tensors[0].numel() > 1 << 31
+    store = KeyValueStore(*tensors)
+    q, key, value, dout = random_inputs(2 * length, 2 * length, H, H, K, torch.bfloat16)
+    ends = [slice(0, length), slice(S - length, S)]
+    for at, own in zip(ends, (slice(0, length), slice(length, None)), strict=True):
+        store.key[:, at], store.value[:, at] = key[:1, own], value[:1, own]
+    index = torch.cat([torch.arange(S)[at] for at in ends])[None]
+    first_key = torch.tensor([0, S - length]).repeat_interleave(length)[None]
+    q = q[:1].requires_grad_()
+    out = attention_over_store(q, store, scale=0.3, query_index=index, first_key=first_key)
+    (dq,) = torch.autograd.grad(out, q, dout[:1])
+    gradients = [torch.cat([x[:, at] for at in ends], 1) for x in (store.dkey, store.dvalue)]
+    small = [x[:1].detach().float() for x in (q, key, value, dout)]
+    expected = naive(small, first_key=torch.tensor([0, length]).repeat_interleave(length)[None])
+    for what, a, b in zip(NAMES, expected, [out.detach(), dq, *gradients], strict=True):
+        assert (b.float() - a).norm() < 1e-2 * a.norm(), what
+
+
+def test_the_plan_of_tokens_beyond_two_to_the_31_is_that_of_the_first_ones():
+    far = (1 << 31) + 77
+    some = torch.rand(600, generator=torch.Generator().manual_seed(3)) < 0.7
+    some[:200] = True
+    index = torch.arange(600)[some][None]
+    first_key = starts([150, 3, 447], 600)[index]
+    near_parts = plan_parts(index.shape[1], Rows(600, index, first_key))
+    far_parts = plan_parts(index.shape[1], Rows(far + 600, index + far, first_key + far))
+    shifted = [part._replace(keys=slice(part.keys.start + far, part.keys.stop + far)) for part in near_parts]
+    assert far_parts == shifted and {part.kind for part in shifted} == {"all", "causal", "masked"}
+
+
+def test_one_slices_gradients_exist_at_a_time(monkeypatch):
+    made, tile_backward = [], attention_parts.tile_backward
+
+    def noted(*arguments):
+        assert all(memory.expired() for memory in made)
+        result = tile_backward(*arguments)
+        made[:] = [StorageWeakRef(x.untyped_storage()) for x in result]
+        return result
+
+    monkeypatch.setattr(attention_parts, "tile_backward", noted)
+    over_store(random_inputs(8, 500, 4, 2), keys_per_slice=100)
+    assert made
 
 
 def test_the_store_keeps_no_graph_and_writes_through_its_parts():

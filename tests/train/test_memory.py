@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from megayoco.config import DataConfig, ModelConfig, ParallelConfig, PhaseConfig, RunConfig
 from megayoco.errors import UserError
 from megayoco.model.decoder import build_decoder
+from megayoco.ops import attention_store
+from megayoco.ops.attention_store import KeyValueStore, attention_over_store
 from megayoco.ops.retention import _group_tokens as real_group_tokens
 from megayoco.parallel.sequence import SequenceAxis
 from megayoco.train import activations, memory
@@ -134,6 +137,47 @@ def test_memory_of_a_chunk_of_constant_size_grows_by_keys_values_and_contexts_on
     assert large.total - small.total == pytest.approx(
         grown + large.contexts - small.contexts + tokens * 24
     )  # token ids, targets, document starts
+
+
+def slices_of(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many keys' gradients are made at a time, in the code and in the estimate."""
+    for module in (attention_store, activations):
+        monkeypatch.setattr(module, "KEYS_PER_SLICE", keys)
+
+
+@pytest.mark.parametrize("order", ["fused", "split"])
+def test_measured_peaks_grow_by_what_is_kept_per_token_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    """Three lengths in chunks of 128 tokens."""
+    slices_of(256, monkeypatch)
+    lengths = (512, 1024, 1536)
+    found = [predicted_and_measured("retention", length, length // 128, order=order) for length in lengths]
+    model = ModelConfig(**MODELS["retention"])
+    kept = 2 * model.num_kv_heads * model.head_dim * (4 + 4)  # keys and values, and their gradients
+    kept += 4 * model.dim if order == "split" else 0
+    kept += model.num_self_layers * model.num_self_heads * model.self_head_dim**2 * 4 / 128
+    for before, after in pairwise(found):
+        grown = [y - x for x, y in zip(before, after, strict=True)]
+        assert grown == pytest.approx([512 * kept] * 2, rel=1e-3)
+
+
+def test_gradients_of_keys_take_what_a_slice_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    slices_of(1024, monkeypatch)
+    model, R = ModelConfig(**MODELS["retention"]), 64
+
+    def measured_and_predicted(left: int) -> tuple[int, float]:
+        """Of R rows and so many tokens left of them."""
+        store = KeyValueStore(*torch.zeros(4, 1, left + R, model.num_kv_heads, model.head_dim))
+        q = torch.zeros(1, R, model.heads, model.head_dim, requires_grad=True)
+        peak = measured_peak(lambda: attention_over_store(q, store, scale=1.0).sum().backward())
+        work = Work(model=model, batch=1, length=left + R, width=4, bands=left // R)
+        return peak, activations.mixer_backward_bytes(work, "cross", R)
+
+    half, one, three = (measured_and_predicted(left) for left in (512, 1024, 3072))
+    assert one[0] - half[0] == 512 * 2 * model.num_kv_heads * model.head_dim * 4
+    assert one[1] - half[1] == pytest.approx(one[0] - half[0], rel=0.15)  # a slice holds the rows' own keys or others
+    assert three == one
 
 
 @pytest.mark.parametrize("tokens", [256, 5000])
