@@ -25,11 +25,12 @@ REQUIRES = [
     "tiktoken>=0.13",
     "tokenizers>=0.21",
     "torch>=2.11",
+    "transformers>=5.0",
     # megatron-core imports it from 0.19 on, GPU or not; 0.19 needs Python 3.12
     'triton>=3.4; python_version >= "3.12" and platform_system == "Linux"',
     "zstandard>=0.23",
 ]
-TEST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3", "transformers>=5.0"]
+TEST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3"]
 EXTRAS = {
     "test": TEST,
     "dev": [*TEST, "mypy>=1.15", "ruff>=0.12", "types-PyYAML"],

@@ -11,8 +11,8 @@ the formula (megayoco/train/activations.py).
 
 Time: in one process, every form in turn, round after round, so that whatever else the machine does hits all alike;
 medians of the seconds and of the per-round ratios to the plain step. Among the forms is one step in bands with 1 % of
-the tokens carrying loss. Memory does not mind what else a machine does, time does: --part time measures that alone, and
-replaces it in a file that has the rest.
+the tokens carrying loss. Memory does not mind what else a machine does, time does: --part and --mixers measure a part
+alone, and replace it in a file that has the rest.
 """
 
 from __future__ import annotations
@@ -75,23 +75,22 @@ def main() -> None:
     if options.job is not None:
         print(json.dumps(memory_of_a_step(**options.job)))
         return
-    result: dict[str, Any] = {}
-    if options.part and options.output and options.output.exists():
-        result = json.loads(options.output.read_text())
-    result["shape"] = {"model": options.model, "tokens": options.tokens, "bands": options.bands, "dtype": "fp32"}
+    shape = {"model": options.model, "tokens": options.tokens, "bands": options.bands, "dtype": "fp32"}
+    result: dict[str, Any] = {"shape": shape}
+    if options.output and options.output.exists():
+        earlier = json.loads(options.output.read_text())
+        result = earlier if earlier["shape"] == shape else result
     result["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
     for part, measure in (("memory", measure_memory), ("time", measure_time)):
         if options.part in (None, part):
-            found: dict[str, Any] = {}
-            result[part] = {
-                "date": datetime.date.today().isoformat(),
-                "command": shlex.join(["python", *sys.argv]),
-                "machine": machine(options.threads),
-                "mixers": found,
-            }
             for mixer in options.mixers:
-                found[mixer] = measure(mixer, options)
-                if options.output:  # after each: the long ones take an hour
+                result.setdefault(part, {})[mixer] = {
+                    "date": datetime.date.today().isoformat(),
+                    "command": shlex.join(["python", *sys.argv]),
+                    "machine": machine(options.threads),
+                    **measure(mixer, options),
+                }
+                if options.output:  # after each: they take half an hour
                     options.output.write_text(json.dumps({**result, "targets": TARGETS}, indent=2) + "\n")
     report(result)
 
@@ -192,16 +191,14 @@ def config(model: str, mixer: str) -> ModelConfig:
 
 
 def memory_of_a_step(model: str, mixer: str, **form: Any) -> dict[str, Any]:
-    """In this process: bytes that the resident set grows by in one step, the estimate, and the seconds it took."""
+    """In this process: bytes that the resident set grows by in one step, and the estimate."""
     step = make_step(model, mixer, **form)
     step(min(4096, form["tokens"]), min(form.get("bands", 1), 4))  # kernels and libraries are loaded
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    start = time.perf_counter()
     step()
-    seconds = time.perf_counter() - start
     shape = config(model, mixer)
     decoder = build_decoder(shape, None)
     stage = decoder.stage()
@@ -216,7 +213,7 @@ def memory_of_a_step(model: str, mixer: str, **form: Any) -> dict[str, Any]:
         checkpointing=form.get("checkpointing", False),
     )
     formula = step_activations(work, whole_model(shape), (sizes[0], sizes[1])).total
-    return {"held": resident("VmHWM") - before, "formula": round(formula), "seconds": round(seconds, 2)}
+    return {"held": resident("VmHWM") - before, "formula": round(formula)}
 
 
 def resident(field: str) -> int:
@@ -267,7 +264,7 @@ def report(result: dict[str, Any]) -> None:
     """The result as text, beside the targets."""
     print(f"\n{result['shape']}")
     for part in ("memory", "time"):
-        for mixer, found in result.get(part, {"mixers": {}})["mixers"].items():
+        for mixer, found in result.get(part, {}).items():
             for name, memory in found.get("memory", {}).items():
                 print(f"{mixer:10} {name:28} {text(memory)}")
             if "bytes_per_token" in found:

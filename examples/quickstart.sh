@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From raw text to a trained YOCO that writes text, on a machine without GPU: corpus, tokenizer, data, training in four
-# processes (tensor 2 x pipeline 2) with a checkpoint half-way, resume, generation. Takes about five minutes on two cores.
+# processes (tensor 2 x pipeline 2) with a checkpoint half-way, resume, generation, and a folder for transformers. Takes
+# about five minutes on two cores.
 #
 #     bash examples/quickstart.sh [key=value ...]         overrides of examples/quickstart.yaml for training, other than steps
 #
@@ -44,5 +45,7 @@ echo "quickstart: half of the steps are done; the rest starts from the checkpoin
 show "${train[@]}" --resume
 
 show python -m megayoco.generate --model "$run" --prompt "def " --max-new-tokens 64
+
+show python tools/convert_checkpoint.py --from megayoco --to hf --load "$run" --save "$work/hf" --overwrite --check
 
 show python examples/check_loss.py "$run" --fall 1.5

@@ -54,6 +54,7 @@ def wait_for(ranks: list[subprocess.Popen[bytes]], condition: object, seconds: f
         time.sleep(0.02)
 
 
+@pytest.mark.timeout(3600)  # many kills take long; every wait inside has its own limit
 def test_a_run_killed_at_random_moments_equals_one_that_was_not(
     workers: Workers, text: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
