@@ -25,6 +25,7 @@ REQUIRES = [
     "tiktoken>=0.13",
     "tokenizers>=0.21",
     "torch>=2.11",
+    "tqdm>=4.66",
     "transformers>=5.0",
     # megatron-core imports it from 0.19 on, GPU or not; 0.19 needs Python 3.12
     'triton>=3.4; python_version >= "3.12" and platform_system == "Linux"',

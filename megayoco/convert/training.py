@@ -149,7 +149,7 @@ class TrainingState:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / LAYOUT} does not say where {kind} lies ({error!r}).") from error
         if file not in self._open:
-            self._open[file] = load_restricted(path)
+            self._open[file] = load_deepspeed_file(path)
         value = self._open[file]
         try:
             for key in keys:
@@ -161,7 +161,7 @@ class TrainingState:
         return value
 
 
-def load_restricted(path: Path) -> Any:
+def load_deepspeed_file(path: Path) -> Any:
     """A file of DeepSpeed's, mapped, on the CPU; only the classes that DeepSpeed puts there are made.
 
     Raises:
