@@ -190,9 +190,9 @@ def load_config(
         if dataclasses.is_dataclass(field.type) and values.get(field.name, 0) is None:
             values[field.name] = {}  # a section whose keys are all commented out
     model = values.get("model")
-    if shape_of is not None and isinstance(model, dict) and isinstance(model.get("init_from"), str):
-        if "preset" not in model:
-            values["model"] = {**shape_of(model["init_from"]), **model}
+    start = model.get("init_from") if isinstance(model, dict) else None
+    if shape_of is not None and isinstance(start, str) and "preset" not in model:
+        values["model"] = {**shape_of(start), **model}
     return _validated(RunConfig, values, source)
 
 
