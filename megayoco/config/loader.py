@@ -190,9 +190,9 @@ def load_config(
         if dataclasses.is_dataclass(field.type) and values.get(field.name, 0) is None:
             values[field.name] = {}  # a section whose keys are all commented out
     model = values.get("model")
-    start = model.get("init_from") if isinstance(model, dict) else None
-    if shape_of is not None and isinstance(start, str) and "preset" not in model:
-        values["model"] = {**shape_of(start), **model}
+    if shape_of is not None and isinstance(model, dict) and "preset" not in model:
+        start = model.get("init_from")
+        values["model"] = {**shape_of(start), **model} if isinstance(start, str) else model
     return _validated(RunConfig, values, source)
 
 
