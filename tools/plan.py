@@ -80,14 +80,14 @@ def main(arguments: Sequence[str]) -> None:
     options = build_parser().parse_intermixed_args(dashed(arguments))
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed is asked about its config only
     # late: they take seconds, and the help text and wrong flags need none of them
-    from megayoco.config import load_config
     from megayoco.config.parallel import check_bands
     from megayoco.dsconfig import load_deepspeed_config, precision
     from megayoco.train.engine import engine_config
     from megayoco.train.metrics import PEAK_TFLOPS
     from megayoco.train.planning import Axes, check_batches, plan_run, search_layouts
+    from megayoco.train.starting import load_run
 
-    run = load_config(options.config, options.overrides)
+    run = load_run(options.config, options.overrides)
     for number in range(len(run.phases)):
         check_bands(run.phase_bands(number), run.model, f"phases.{number}.bands")
     parallel = run.parallel
