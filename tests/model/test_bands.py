@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from megayoco.config import ModelConfig
 from megayoco.layers.context import KeyValues
 from megayoco.model.bands import Bands, Stage, banded_loss, banded_stage
-from megayoco.model.decoder import Decoder
+from megayoco.model.decoder import Decoder, build_decoder
 from megayoco.ops.attention_store import KeyValueStore
 from tests.model.cases import CASES, batch, decoder, gradients
 
@@ -247,3 +248,9 @@ def test_backward_runs_once() -> None:
 def test_tokens_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="do not divide"):
         banded_loss(decoder("retention").stage(), Bands(5), *batch(16))
+
+
+def test_bands_need_shared_keys_and_values() -> None:
+    model = build_decoder(ModelConfig(pattern="llama", dim=8, layers=1, hidden_dim=8, heads=2, vocab_size=8), None)
+    with pytest.raises(ValueError, match="2 bands for a model whose layers share no keys and values"):
+        model.set_bands(2)

@@ -277,6 +277,10 @@ def test_impossible_memory_is_refused_with_need_and_capacity(monkeypatch: pytest
     check_memory(need, torch.device("cpu"), 1)
     with pytest.raises(UserError, match=r"5\.0 GiB per process.*has 8\.0 GiB free.*has 4\.0 GiB.*parallel.tensor"):
         check_memory(need, torch.device("cpu"), 2)
+    for model, helps in (("retention", True), ("llama", False)):  # a chunk that cannot fit: cut it once more
+        with pytest.raises(UserError) as error:
+            check_memory(need, torch.device("cpu"), 2, run_config(model))
+        assert ("parallel.bands" in str(error.value)) == helps
     # an estimate that the tolerance of the activations could save is not refused
     check_memory(MemoryEstimate(2 * memory.GIB, 0, 0, 2.1 * memory.GIB, 0), torch.device("cpu"), 2)
 
