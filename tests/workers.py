@@ -1,8 +1,8 @@
-"""A pool of spawned processes that the distributed tests share.
+"""A pool of processes that the distributed tests share.
 
-Importing torch, deepspeed and megatron-core costs seconds per process: the pool is started once per session and runs
-many cases. Each case gets a fresh gloo process group of its own size, and all module state of both libraries is reset
-after it.
+Importing torch, deepspeed and megatron-core costs seconds: a server does it once (tests/preloaded.py) and forks the
+processes, which run many cases. Each case gets a fresh gloo process group of its own size, and all module state of both
+libraries is reset after it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Workers:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preloaded"])
         for rank in range(self.size):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)

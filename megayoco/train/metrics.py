@@ -148,7 +148,11 @@ class IntervalClock:
         self.flops += flops
 
     def rates(self, peak: Peak, now: float | None = None) -> dict[str, float]:
-        """Figures of the interval: seconds_per_step, tokens_per_second, mfu, overhead (share of the time, 0..1)."""
+        """Figures of the interval: seconds_per_step, tokens_per_second, mfu, overhead (share of the time, 0..1).
+
+        mfu counts one document per sequence and a target in every row (model/flops.py): with document_mask, or few
+        targets, it comes out too high.
+        """
         seconds = (time.perf_counter() if now is None else now) - self.started - self.excluded_seconds
         return {
             "seconds_per_step": seconds / self.steps,
