@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megayoco.convert.canonical import EXPORT_FOLDER
 from megayoco.convert.formats import FORMATS, read_weights, write_weights
 from megayoco.convert.weights import Cast, LazyTensors, Weights
 from megayoco.data.command import dashed, run_command
@@ -180,6 +181,8 @@ def main(arguments: Sequence[str]) -> None:
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     if options.check_text is not None:
         read_text(options.check_text)  # before anything is written
+    if save.name == EXPORT_FOLDER and (save.parent / "checkpoints").is_dir() and options.target != "megayoco":
+        raise UserError(f"--save {save} is where its run keeps its own export: --resume would refuse another format.")
     weights = read_weights(load, options.source, tokenizer)
     model, tensors = weights.model, weights.tensors
     stored = sum(torch.Size(tensors.shape(name)).numel() * tensors.dtype(name).itemsize for name in tensors)

@@ -22,7 +22,7 @@ NOTE = "megayoco.json"
 LAYOUT = "layout.json"
 LATEST = "latest"
 FORMAT = 2
-_TAG = re.compile(r"global_step(\d+)")
+_TAG = re.compile(r"global_step(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def find_latest(directory: Path) -> Checkpoint | None:
         tag = f"global_step{steps[-1]}"
     except OSError as error:
         raise UserError(f"{directory / LATEST} cannot be read: {error.strerror}.") from error
+    if not _TAG.fullmatch(tag):
+        raise UserError(f"{directory / LATEST} names {tag!r}, no checkpoint. {_remedy(directory / 'global_step0')}")
     return open_checkpoint(directory / tag)
 
 
@@ -96,6 +98,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         sizes = {name: entry if version == 1 else entry["bytes"] for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a complete checkpoint: {NOTE} is missing or damaged. {remedy}") from error
+    if folder.name != f"global_step{step}":
+        raise UserError(f"{folder} holds the checkpoint of step {step}: give the folder its name back. {remedy}")
     if version != FORMAT:
         raise UserError(f"{folder} has checkpoint format {version}, this version reads {FORMAT}. {remedy}")
     for name, size in sizes.items():
@@ -114,6 +118,8 @@ def verify(checkpoint: Checkpoint, names: Sequence[str]) -> None:
     """
     for name in names:
         path = checkpoint.folder / name
+        if name not in checkpoint.files:
+            raise UserError(f"{path} is not among the files of {NOTE}. {_remedy(checkpoint.folder)}")
         try:
             found = checksum(path)
         except OSError as error:

@@ -86,7 +86,6 @@ def write(directory: Path, weights: Weights, shard_bytes: int) -> None:
         llama.write(directory, weights, shard_bytes)
         return
     check_writable(model)
-    upper = model.layers - model.num_self_layers
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
@@ -108,7 +107,7 @@ def write(directory: Path, weights: Weights, shard_bytes: int) -> None:
         "rope_theta": model.rope_theta,
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
-        "layer_types": [_LAYER_TYPES[model.self_mixer]] * model.num_self_layers + ["full_attention"] * upper,
+        "layer_types": _layer_types(model),
     }
     tensors = Renamed(weights.tensors, {foreign: name for name, foreign in names(model).items()})
     write_hub_folder(
@@ -120,8 +119,12 @@ def _model(config: HubConfig) -> ModelConfig:
     config.require_type(MODEL_TYPE, ARCHITECTURE)
     heads, layers = config.integer("num_attention_heads"), config.integer("num_hidden_layers")
     config.refuse("quantization_config", (None,), "quantised weights cannot be converted")
+    for key in ("rope_scaling", "rope_parameters"):
+        config.refuse(key, (None,), "the model has rope_theta alone")
+    config.refuse("hidden_act", (None, "silu"), "the feed-forward is SwiGLU")
+    config.refuse("attention_bias", (None, False), "no projection has a bias")
     window = config.values.get("sliding_window")
-    return model_config_from_dict(
+    model = model_config_from_dict(
         {
             "pattern": "yoco",
             "self_mixer": config.values.get("self_mixer", "retention"),
@@ -139,4 +142,12 @@ def _model(config: HubConfig) -> ModelConfig:
             "tie_embeddings": bool(config.values.get("tie_word_embeddings", False)),
         },
         config.where,
+    )
+    config.refuse("layer_types", (None, _layer_types(model)), "that is not what the other fields say")
+    return model
+
+
+def _layer_types(model: ModelConfig) -> list[str]:
+    return [_LAYER_TYPES[model.self_mixer]] * model.num_self_layers + ["full_attention"] * (
+        model.layers - model.num_self_layers
     )

@@ -18,6 +18,7 @@ Files are opened by torch's restricted unpickler: nothing in them can run code.
 from __future__ import annotations
 
 import pickle
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,16 @@ import torch
 from torch import Tensor
 
 from megayoco.config import model_config_from_dict
-from megayoco.convert.checkpoints import LATEST, LAYOUT, NOTE, Checkpoint, find_latest, open_checkpoint, saved_steps
+from megayoco.convert.checkpoints import (
+    LATEST,
+    LAYOUT,
+    NOTE,
+    Checkpoint,
+    find_latest,
+    open_checkpoint,
+    saved_steps,
+    verify,
+)
 from megayoco.convert.weights import Weights
 from megayoco.data.files import read_json_object
 from megayoco.data.tokenizer import Tokenizer
@@ -61,6 +71,11 @@ class _Rectangle(NamedTuple):
 class TrainingState:
     """Weights and moments of a checkpoint, read where they are asked for.
 
+    Args:
+        folder: the checkpoint's.
+        unverified: the checkpoint, where its files have not been compared with their checksums yet: each then is when
+            it is opened.
+
     Attributes:
         shapes: full shape of every parameter by canonical name.
         optimizer_step: updates since the optimizer started afresh; None where it made none yet.
@@ -69,8 +84,11 @@ class TrainingState:
         UserError: layout.json is missing or not what `save` writes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, unverified: Checkpoint | None = None) -> None:
         self.folder = folder
+        self._unverified = unverified
+        if unverified is not None:
+            verify(unverified, [LAYOUT])
         path = folder / LAYOUT
         layout = read_json_object(path, f"Without it {folder} cannot be read: use another checkpoint.")
         try:
@@ -149,6 +167,8 @@ class TrainingState:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / LAYOUT} does not say where {kind} lies ({error!r}).") from error
         if file not in self._open:
+            if self._unverified is not None:
+                verify(self._unverified, [path.name])
             self._open[file] = load_deepspeed_file(path)
         value = self._open[file]
         try:
@@ -177,7 +197,8 @@ def load_deepspeed_file(path: Path) -> Any:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        named = re.search(r"GLOBAL (\S+)", str(error))  # the rest is torch's advice to load it all the same
+        reason = named[1] if named else type(error).__name__
         raise UserError(f"{path} holds objects that a checkpoint of ours does not have: {reason}") from error
     except (OSError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
@@ -214,7 +235,8 @@ def is_training_checkpoint(path: Path) -> bool:
 
 
 def read_training_checkpoint(path: Path) -> Weights:
-    """The fp32 master weights of a run directory's newest checkpoint, of a folder of checkpoints', or of one.
+    """The fp32 master weights of a run directory's newest checkpoint, of a folder of checkpoints', or of one. Each file
+    is compared with its checksum when it is opened.
 
     The tokenizer is that of the run directory; None where the checkpoint lies elsewhere.
 
@@ -228,7 +250,9 @@ def read_training_checkpoint(path: Path) -> Weights:
     model = model_config_from_dict(note["model"], f"{checkpoint.folder / NOTE}, model")
     saved_tokenizer = checkpoint.folder.parent.parent / "tokenizer"
     tokenizer = Tokenizer.from_dir(saved_tokenizer) if saved_tokenizer.is_dir() else None
-    return Weights(model, _MasterWeights(TrainingState(checkpoint.folder)), tokenizer, dict(note.get("facts", {})))
+    return Weights(
+        model, _MasterWeights(TrainingState(checkpoint.folder, checkpoint)), tokenizer, dict(note.get("facts", {}))
+    )
 
 
 def _find(path: Path) -> Checkpoint:

@@ -6,15 +6,17 @@ import os
 from pathlib import Path
 
 from megayoco.convert.canonical import EXPORT_FOLDER
+from megayoco.convert.checkpoints import find_latest
 from megayoco.convert.export import CONFIG_FILE, is_export
 from megayoco.convert.formats import FORMATS, read_weights, recognise
 from megayoco.convert.weights import Weights
+from megayoco.data.files import read_json_object
 from megayoco.data.tokenizer import Tokenizer
 from megayoco.errors import UserError
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:
-    """The folder that `path` means: `export/` of a run directory if it has one, else itself.
+    """The folder that `path` means: `export/` of a run directory unless a later checkpoint is there, else itself.
 
     Raises:
         UserError: it holds no model of any format; says how to get one.
@@ -25,7 +27,7 @@ def find_model(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"--model {folder} {what}. Give a run directory, or the folder of a model.")
     inner = folder / EXPORT_FOLDER
     if inner.is_dir() and not is_export(folder):
-        return inner
+        return folder if _is_older(inner, folder / "checkpoints") else inner
     if recognise(folder):
         return folder
     if (folder / "checkpoints").is_dir():
@@ -41,6 +43,16 @@ def find_model(path: str | os.PathLike[str]) -> Path:
         f"--model {folder} is neither a run directory nor a model: it has no {EXPORT_FOLDER}/, no checkpoint, and holds"
         f" none of the formats {known}."
     )
+
+
+def _is_older(export: Path, checkpoints: Path) -> bool:
+    """Whether a run has trained on, and saved, since it exported."""
+    try:
+        exported = read_json_object(export / CONFIG_FILE, "").get("facts", {}).get("step")
+        latest = find_latest(checkpoints)
+    except UserError:
+        return False
+    return latest is not None and isinstance(exported, int) and latest.step > exported
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[Weights, Tokenizer]:

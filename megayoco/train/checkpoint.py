@@ -255,14 +255,19 @@ def verify_together(checkpoint: Checkpoint) -> None:
 def newest_whole(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that passes every check, and what is wrong with those passed over. Collective.
 
-    The search begins at the one that `latest` names: later ones belong to a course that the run has left.
+    The search begins at the one that `latest` names, as far as it is there: later ones belong to a course that the run
+    has left, and come last.
 
     Raises:
         AgreedError: there are checkpoints, but none is whole.
     """
-    steps, problems = saved_steps(directory), []
+    steps, problems = sorted(saved_steps(directory), reverse=True), []
     named = _named_by_latest(directory)
-    for step in reversed([step for step in steps if named is None or step <= named]):
+    if named in steps:
+        steps = [step for step in steps if step <= named] + [step for step in steps if step > named]
+    elif steps and named is not None:
+        problems.append(f"{directory / LATEST} names step {named}, of which there is no complete checkpoint")
+    for step in steps:
         try:
             with all_ranks_agree():
                 checkpoint = open_checkpoint(directory / f"global_step{step}")
@@ -271,9 +276,12 @@ def newest_whole(directory: Path) -> tuple[Checkpoint | None, list[str]]:
             problems.append(str(error))
             continue
         return checkpoint, problems
-    if problems:
-        with all_ranks_agree():
-            raise UserError(f"no checkpoint in {directory} is whole. The newest: {problems[0]}")
+    with all_ranks_agree():
+        if problems or any(directory.glob("global_step*")):
+            first = problems[0] if problems else f"none of the folders has its {NOTE}"
+            raise UserError(
+                f"no checkpoint in {directory} is whole ({first}). Restore one, or start anew with --overwrite."
+            )
     return None, []
 
 

@@ -86,7 +86,7 @@ def plan_output(run: RunConfig, *, resume: str | None, overwrite: bool) -> Outpu
         return OutputPlan(directory, None)
     if resume == "latest":
         return OutputPlan(directory, find_latest(checkpoints))
-    if not (checkpoints / str(resume)).is_dir():
+    if resume not in {f"global_step{step}" for step in saved_steps(checkpoints)}:
         there = ", ".join(f"global_step{step}" for step in saved_steps(checkpoints)) or "none"
         raise UserError(f"--resume {resume}: {checkpoints} has no such checkpoint, but {there}.")
     return OutputPlan(directory, open_checkpoint(checkpoints / str(resume)))

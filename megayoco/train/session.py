@@ -194,6 +194,13 @@ class Session:
                 "model.init_from cannot fill optimizer states on NVMe. Set zero_optimization.offload_optimizer.device"
                 " to cpu; after the first checkpoint, --resume goes on there with cpu as well."
             )
+        source = Path(self.run.model.init_from).resolve()
+        if any(source == path.resolve() or path.resolve() in source.parents for path in self.plan.remove) or (
+            self.plan.remove and source == self.directory.resolve()
+        ):
+            raise UserError(
+                f"--overwrite would delete model.init_from {source} before it is read. Choose another output_dir."
+            )
         weights = read_start(self.run.model.init_from)
         check_start(weights, self.run.model)
         self._start_lines = start_lines(weights, self.run.model, self.tokenizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +25,16 @@ FREE = ("preset", "rope_theta")
 
 def load_run(path: str, overrides: list[str]) -> RunConfig:
     """The config of a run; the shape of `model.init_from` fills what is not given. Raises UserError."""
-    return load_config(path, overrides, shape_of=lambda folder: model_config_to_dict(read_start(folder).model))
+
+    def shape_of(folder: str) -> dict[str, Any]:
+        try:
+            return model_config_to_dict(read_start(folder).model)
+        except UserError as error:
+            raise UserError(
+                f"{error} A run that has begun goes on without it: give the config.yaml of its output_dir."
+            ) from error
+
+    return load_config(path, overrides, shape_of=shape_of)
 
 
 def read_start(folder: str) -> Weights:

@@ -85,8 +85,10 @@ def test_without_latest_the_last_complete_checkpoint_is_found(run):
         (lambda folder: change_note(folder, step="5"), "not a complete checkpoint"),
         (lambda folder: change_note(folder, step=-5), "not a complete checkpoint"),
         (lambda folder: change_note(folder, files=["states.pt"]), "not a complete checkpoint"),
+        (lambda folder: change_note(folder, step=4), "holds the checkpoint of step 4: give the folder its name back"),
+        (lambda folder: (folder.parent / "latest").write_text("../other/global_step5"), "no checkpoint"),
         (lambda folder: change_note(folder, identity=None), "not a complete checkpoint"),
-        (lambda folder: (folder.parent / "latest").write_bytes(b"\xff"), "not a complete checkpoint"),
+        (lambda folder: (folder.parent / "latest").write_bytes(b"\xff"), "latest names .*, no checkpoint"),
         (lambda folder: (folder.parent / "latest").write_text("global_step9"), "global_step9 is not a complete"),
     ],
 )

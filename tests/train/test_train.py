@@ -150,11 +150,28 @@ def test_a_damaged_newest_checkpoint_is_passed_over_only_on_demand(train, tmp_pa
     assert "passed over: " in result.out and "resumed at step 5" in result.out
     assert losses_of(out) == losses
     assert train(out, "--resume").code == 0  # the newest was made anew
+    # `latest` names what is not there: the newest whole one all the same, and never a new run
+    (newest.parent / "latest").write_text("global_step1")
+    result = train(out, "--resume", "auto")
+    assert "latest names step 1, of which there is no complete checkpoint" in result.out
+    assert "resumed at step 10" in result.out
     for path in (newest, newest.with_name("global_step5")):
         (path / "layout.json").unlink()
     result = train(out, "--resume", "auto")
     assert result.code == 2
-    assert "is whole. The newest: " in result.err
+    assert re.match(
+        r"error: no checkpoint in .* is whole \(.*\)\. Restore one, or start anew with --overwrite", result.err
+    )
+
+
+def test_weights_that_overwrite_would_delete_are_not_started_from(train, tmp_path):
+    out = tmp_path / "out"
+    assert train(out).code == 0
+    for source in (out, out / "export"):
+        result = train(out, f"model.init_from={source}", "--overwrite")
+        assert result.code == 2
+        assert result.err.startswith("error: --overwrite would delete model.init_from")
+    assert train(out, "--resume").code == 0
 
 
 def test_auto_begins_where_nothing_is_saved_and_a_tag_names_a_checkpoint(train, tmp_path):
