@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,8 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 HERE = Path(__file__).resolve().parent
 RANKS = ["#4c78a8", "#f58518", "#54a24b", "#b279a2"]
 GREY = "#d9d9d9"
-KIB, GIB = 2**10, 2**30
+MIB = 2**20
+RESULT = HERE.parent.parent / "benchmarks" / "results" / "long_context_memory.json"
 
 
 def box(axes: Axes, x: float, y: float, width: float, text: str, color: str, height: float = 0.8) -> None:
@@ -77,9 +79,39 @@ def walk() -> Figure:
     return figure
 
 
+def memory() -> Figure:
+    """What a step holds in each form, and how that grows with the sequence: benchmarks/long_context_memory.py."""
+    result = json.loads(RESULT.read_text())
+    shape, mixers = result["shape"], result["memory"]
+    figure, (bars, lines) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(3, 2))
+    forms = list(reversed(mixers["retention"]["memory"]))
+    for number, (mixer, found) in enumerate(mixers.items()):
+        places = [place + 0.4 * (0.5 - number) for place in range(len(forms))]
+        held = [found["memory"][form]["held"] / MIB for form in forms]
+        drawn = bars.barh(places, held, 0.38, color=RANKS[number], label=mixer)
+        bars.bar_label(drawn, [f"{size:,.0f}" for size in held], padding=3, fontsize=7)
+        tokens = [point["tokens"] / 1024 for point in found["growth"]]
+        lines.plot(tokens, [point["held"] / MIB for point in found["growth"]], "o", color=RANKS[number], label=mixer)
+        lines.plot(tokens, [point["formula"] / MIB for point in found["growth"]], color=RANKS[number], linewidth=0.8)
+    bars.set_yticks(range(len(forms)), forms, fontsize=8)
+    bars.set_xlim(0, 1.15 * max(found["memory"]["plain"]["held"] for found in mixers.values()) / MIB)
+    bars.set_title(f"{shape['tokens']:,} tokens, {shape['bands']} bands: MiB held by a step", fontsize=9)
+    lines.set_title("bands of constant chunk; line: formula", fontsize=9)
+    lines.set_xlabel("thousands of tokens (1,024)", fontsize=8)
+    lines.set_ylabel("MiB", fontsize=8)
+    lines.set_ylim(0)
+    for axes in (bars, lines):
+        axes.legend(fontsize=7, frameon=False)
+        axes.tick_params(labelsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
 def main() -> None:
     plt.rcParams.update({"svg.hashsalt": "megayoco", "svg.fonttype": "none"})
-    for name, draw in (("bands", bands), ("walk", walk)):
+    for name, draw in (("bands", bands), ("walk", walk), ("memory", memory)):
         figure = draw()
         figure.savefig(HERE / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
