@@ -18,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-CASES_PER_START = 30
+CASES_PER_START = 10
 """The libraries keep the process groups of past cases, threads included: fresh processes are faster after so many."""
 
 

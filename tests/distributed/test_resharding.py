@@ -173,7 +173,7 @@ def test_a_checkpoint_without_a_parameter_is_refused(undisturbed: Any, tmp_path:
     (folder / "layout.json").write_text(json.dumps(layout))
     with pytest.raises(UserError, match=r"holds \d+ of 32 elements of a shard of norm.weight"):
         TrainingState(folder).read("norm.weight", "weight", Shard((32,)))
-    with pytest.raises(UserError, match=r"layout.json is not what was written"):  # the checksum knows
+    with pytest.raises(UserError, match=r"layout.json has [\d,]+ bytes, not"):  # the note knows
         read_training_checkpoint(folder)
     with pytest.raises(UserError, match=r"no.weight has shape None"):
         TrainingState(folder).read("no.weight", "weight", Shard((32,)))
