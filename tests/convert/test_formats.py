@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megayoco.config import model_config_to_dict
+from megayoco.convert.checkpoints import checksum
 from megayoco.convert.export import write_export
 from megayoco.convert.formats import FORMATS, read_weights, recognise, write_weights
 from megayoco.convert.weights import HeldTensors
@@ -31,7 +32,7 @@ def write_checkpoint(folder, weights, step):
     sources = [{"weight": [0, "optimizer", "master"]}]
     layout = {"optimizer_step": step, "files": ["optim_states.pt"], "sources": sources, "parameters": parameters}
     (folder / "layout.json").write_text(json.dumps(layout))
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": ""} for path in folder.iterdir()}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in folder.iterdir()}
     note = {"format": 2, "step": step, "identity": {}, "files": files, "facts": {"step": step}}
     (folder / "megayoco.json").write_text(json.dumps(note | {"model": model_config_to_dict(weights.model)}))
 

@@ -78,7 +78,6 @@ def write_config(
                 "micro_batch_size": layout.micro_batch,
                 "learning_rate": learning_rate,
                 "warmup_steps": 2,
-                "schedule": "constant",
             }
         ],
         "validation": {"batches": 2},
