@@ -13,6 +13,7 @@ import pytest
 
 from megayoco.data.command import run_command
 from megayoco.data.indexed import check_prefix
+from megayoco.data.installation import module_documentation
 from megayoco.data.tokenizer import TiktokenTokenizer, load_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +108,7 @@ def test_a_corpus_that_is_smaller_than_asked_says_so(tmp_path, capsys, monkeypat
 
 def test_documentation_of_built_in_modules_is_a_document():
     assert "math" in sys.builtin_module_names or "builtins" in sys.builtin_module_names
-    assert "Return the absolute value of the argument." in make_corpus.module_documentation("builtins")
+    assert "Return the absolute value of the argument." in module_documentation("builtins")
 
 
 def test_ranks_encode_as_the_trained_merges_and_every_text_comes_back(corpus, rank_file):
