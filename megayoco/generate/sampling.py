@@ -163,6 +163,11 @@ class Sampler:
         self._vocab_size = vocab_size
         self._streams: list[random.Random] = []
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether the tokens so far matter; without a repetition penalty nobody has to keep them."""
+        return self._sampling.repetition_penalty is not None
+
     def __call__(self, logits: Tensor, history: Sequence[int] | None = None) -> int:
         """The next token after logits (V,).
 
@@ -186,7 +191,7 @@ class Sampler:
             ValueError, UserError: as for one row.
         """
         logits = logits[:, : self._vocab_size]
-        if self._sampling.repetition_penalty is not None:
+        if self.needs_history:
             if histories is None:
                 raise ValueError("a repetition penalty needs the tokens so far")
             rows = zip(logits, histories, strict=True)

@@ -130,6 +130,8 @@ def test_a_repetition_penalty_reaches_back_as_far_as_its_window():
 def test_the_sampler_penalises_what_its_history_holds(temperature):
     sampler = Sampler(Sampling(temperature=temperature, repetition_penalty=2.0), vocab_size=3)
     logits = torch.tensor([1.0, 1.5, 1.7, 9.0])
+    assert sampler.needs_history
+    assert not Sampler(GREEDY).needs_history
     assert sampler(logits, []) == 2
     assert sampler(logits, [2]) == 1
     assert sampler(logits, [2, 1, 3]) == 0
