@@ -137,11 +137,11 @@ def our_logits(weights: Weights, tokens: Tensor) -> Tensor:
     """(T, V) fp32, by our decoder."""
     # slow: the layers bring megatron-core along. This package first, which keeps it quiet.
     import megayoco.parallel  # noqa: F401
-    from megayoco.generate.loading import load_decoder
+    from megayoco.generate.loading import load_weights
 
-    decoder = load_decoder(weights, torch.float32, torch.device("cpu"))
+    model = load_weights(weights, dtype=torch.float32)
     with torch.no_grad():
-        return decoder.advance(tokens, decoder.empty_context(1), last_only=False)[0][0]
+        return model.advance(tokens, model.empty_context(), last_only=False)[0][0]
 
 
 def logits_of_folder(folder: Path, target: str, tokens: Tensor) -> tuple[Tensor, str]:

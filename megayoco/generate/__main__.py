@@ -87,7 +87,7 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 def summary(generation: Generation) -> str:
     """One line of counts, rates and the size of the cache."""
-    from megayoco.generate.generation import cache_bytes
+    from megayoco.model.inference import cache_bytes
 
     prompt, new = generation.prompt_tokens, generation.new_tokens
     prefill = prompt / generation.prefill_seconds
@@ -116,13 +116,13 @@ def run(options: argparse.Namespace) -> None:
     # slow: the layers bring megatron-core along. This package first, which keeps it quiet.
     import megayoco.parallel  # noqa: F401
     from megayoco.generate.generation import generate
-    from megayoco.generate.loading import load_decoder
+    from megayoco.generate.loading import load_weights
     from megayoco.generate.text import TERMINAL_SAFE, TextStream
 
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    decoder = load_decoder(weights, dtype, device)
+    model = load_weights(weights, dtype=dtype, device=device)
     generation = generate(
-        decoder,
+        model,
         tokenizer.encode(text) or [tokenizer.eod],
         options.max_new_tokens,
         sampling,

@@ -1,53 +1,54 @@
-"""Continue a sequence of tokens: the prompt is read once, in chunks, and the contexts of the layers are the cache.
+"""Continue sequences of tokens: the prompt is read once, in chunks, and the contexts of the layers are the cache.
 
 All prompt tokens but the last are absorbed: they pass the self-decoder and leave shared keys and values, but never
-enter the cross-decoder. Each later token is one step of `Decoder.advance`.
+enter the cross-decoder. Each later token is one step of `InferenceModel.advance`.
 
-Shapes: P prompt tokens, V vocabulary. Batch size 1.
+Shapes: B rows, P prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megayoco.generate.sampling import Sampler, Sampling
-from megayoco.model.decoder import Decoder, DecoderContext
+from megayoco.model.inference import DecoderContext, InferenceModel
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per call: bounds the memory of the prompt's activations; results do not depend on it."""
 
 
-def cache_bytes(context: DecoderContext) -> int:
-    """Bytes of everything that a context remembers: keys, values and states of all layers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(context.layers))
-
-
 def prefill(
-    decoder: Decoder, tokens: Sequence[int], *, chunk: int = PREFILL_CHUNK, context: DecoderContext | None = None
+    model: InferenceModel,
+    tokens: Sequence[int],
+    *,
+    chunk: int = PREFILL_CHUNK,
+    context: DecoderContext | None = None,
+    reserve: int | None = None,
 ) -> DecoderContext:
     """Read `tokens` without asking for logits, `chunk` of them at a time; returns the context after the last.
 
     Args:
-        decoder: the model.
+        model: the model.
         tokens: ids, any number of them.
         chunk: tokens per call, at least 1.
         context: what came before; None: nothing.
+        reserve: without context, tokens to make room for; None: these.
 
     Raises:
         ValueError: chunk is not positive.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    with torch.inference_mode():
-        if context is None:
-            context = decoder.empty_context(1)
-        for start in range(0, len(tokens), chunk):
-            context = decoder.absorb(_row(decoder, tokens[start : start + chunk]), context)
+    if context is None:
+        context = model.empty_context(1, reserve=len(tokens) if reserve is None else reserve)
+    for start in range(0, len(tokens), chunk):
+        context = model.absorb(_row(model, tokens[start : start + chunk]), context)
     return context
 
 
@@ -61,9 +62,9 @@ class Generation:
         decode_seconds: time for the tokens after the first, without what the caller did between them.
     """
 
-    def __init__(self, decoder: Decoder, prompt: Sequence[int], steps: Iterator[tuple[int, DecoderContext]]) -> None:
-        self.context = decoder.empty_context(1)
-        self.prompt_tokens = len(prompt)
+    def __init__(self, context: DecoderContext, prompt_tokens: int, steps: Iterator[tuple[int, DecoderContext]]):
+        self.context = context
+        self.prompt_tokens = prompt_tokens
         self.new_tokens = 0
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
@@ -85,7 +86,7 @@ class Generation:
 
 
 def generate(
-    decoder: Decoder,
+    model: InferenceModel,
     tokens: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling,
@@ -94,11 +95,12 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     vocab_size: int | None = None,
     context: DecoderContext | None = None,
+    history: Sequence[int] = (),
 ) -> Generation:
     """Continue `tokens`, one token after another.
 
     Args:
-        decoder: the model, in evaluation mode.
+        model: the model; every rank of its replica makes the same call.
         tokens: the prompt, at least one id.
         max_new_tokens: stop after this many, at least 1.
         sampling: how each token is chosen.
@@ -106,6 +108,7 @@ def generate(
         prefill_chunk: prompt tokens per call.
         vocab_size: ids from here on are never chosen. None: the whole vocabulary of the model.
         context: what came before the prompt (an earlier `Generation.context`, for a further turn). None: nothing.
+        history: the tokens of `context`, for a repetition penalty.
 
     Returns:
         An iterator over the new tokens; the model runs when a token is asked for.
@@ -117,40 +120,110 @@ def generate(
         raise ValueError("the prompt has no token: start from the end-of-document token")
     if max_new_tokens < 1 or prefill_chunk < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} and prefill_chunk {prefill_chunk} must be at least 1")
-    sampler = Sampler(sampling, vocab_size)
-    steps = _steps(decoder, tokens, max_new_tokens, sampler, frozenset(stop), prefill_chunk, context)
-    return Generation(decoder, tokens, steps)
+    if context is None:
+        context = model.empty_context(1, reserve=len(tokens) + max_new_tokens)
+    sampler = Sampler(agreed(model, sampling), vocab_size)
+    steps = _steps(model, tokens, max_new_tokens, sampler, frozenset(stop), prefill_chunk, context, history)
+    return Generation(context, len(tokens), steps)
 
 
 def _steps(
-    decoder: Decoder,
+    model: InferenceModel,
     tokens: Sequence[int],
     max_new_tokens: int,
     sampler: Sampler,
     stop: frozenset[int],
     chunk: int,
-    context: DecoderContext | None,
+    context: DecoderContext,
+    history: Sequence[int],
 ) -> Iterator[tuple[int, DecoderContext]]:
     """Each new token with the context that it was chosen from."""
-    context = prefill(decoder, tokens[:-1], chunk=chunk, context=context)
+    seen = [*history, *tokens] if getattr(sampler, "needs_history", False) else None
+    context = prefill(model, tokens[:-1], chunk=chunk, context=context)
     token = tokens[-1]
     for _ in range(max_new_tokens):
-        # not around the yield: the mode would leak into the caller
-        with torch.inference_mode():
-            logits, context = decoder.advance(_row(decoder, [token]), context)
-            token = sampler(logits[0, -1])
+        logits, context = model.advance(_row(model, [token]), context)
+        token = sampler(logits[0, -1]) if seen is None else sampler(logits[0, -1], seen)
+        if seen is not None:
+            seen.append(token)
         yield token, context
         if token in stop:
             return
 
 
-def _row(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
-    return torch.tensor([list(tokens)], dtype=torch.int64, device=decoder.embed_tokens.weight.device)
+def generate_batch(
+    model: InferenceModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling,
+    stop: Collection[int] = (),
+    *,
+    prefill_chunk: int = PREFILL_CHUNK,
+    vocab_size: int | None = None,
+    finished: Callable[[int, list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Continue prompts of any lengths together; each gets what it would get alone, up to rounding.
+
+    Args:
+        model: the model; every rank of its replica makes the same call.
+        prompts: B lists of ids, none empty. Shorter ones are padded on the left to the longest: equal lengths save
+            work.
+        max_new_tokens: at most so many new tokens, for all rows or for each; at least 1.
+        sampling: how each token is chosen; row number r draws from a random stream of its own.
+        stop: ids that end a row; the one met is its last.
+        prefill_chunk: prompt tokens per row and call.
+        vocab_size: ids from here on are never chosen.
+        finished: asked after each new token with a row's number and its new tokens; true ends the row.
+
+    Returns:
+        The new tokens of each row.
+
+    Raises:
+        ValueError: no prompts, an empty one, or a number that is not positive.
+    """
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs a token: start from the end-of-document token")
+    if len(limits) != len(prompts) or min(limits) < 1 or prefill_chunk < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} and prefill_chunk {prefill_chunk} must be at least 1")
+    tokens, padding = pad_left(model, prompts)
+    context = model.empty_context(len(prompts), padding=padding, reserve=tokens.shape[1] + max(limits))
+    for start in range(0, tokens.shape[1] - 1, prefill_chunk):
+        context = model.absorb(tokens[:, start : min(start + prefill_chunk, tokens.shape[1] - 1)], context)
+    sampler = Sampler(agreed(model, sampling), vocab_size)
+    histories = [list(prompt) for prompt in prompts] if getattr(sampler, "needs_history", False) else None
+    new: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    last = tokens[:, -1:]
+    while any(running):
+        logits, context = model.advance(last, context)
+        chosen = sampler.batch(logits[:, -1], histories)
+        for row, token in enumerate(chosen):
+            if not running[row]:
+                continue
+            new[row].append(token)
+            if histories is not None:
+                histories[row].append(token)
+            ended = token in stop or len(new[row]) == limits[row]
+            running[row] = not (ended or (finished is not None and finished(row, new[row])))
+        last = torch.tensor(chosen, dtype=torch.int64, device=model.device)[:, None]
+    return new
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from _tensors(part)
+def pad_left(model: InferenceModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+    """(B, N) int64 on the model's device, N the longest row's length, and how many tokens of each row are padding."""
+    longest = max(len(row) for row in rows)
+    padding = [longest - len(row) for row in rows]
+    table = [[0] * pad + list(row) for pad, row in zip(padding, rows, strict=True)]
+    return torch.tensor(table, dtype=torch.int64, device=model.device), padding
+
+
+def agreed(model: InferenceModel, sampling: Sampling) -> Sampling:
+    """The same draws on every rank of a replica."""
+    if sampling.seed is not None or sampling.temperature == 0:
+        return sampling
+    return replace(sampling, seed=model.agree(random.SystemRandom().getrandbits(32)))
+
+
+def _row(model: InferenceModel, tokens: Sequence[int]) -> Tensor:
+    return torch.tensor([list(tokens)], dtype=torch.int64, device=model.device)

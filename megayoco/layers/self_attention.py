@@ -2,7 +2,8 @@
 
 Shapes: B batch, T tokens of the chunk, S tokens remembered, D model dim, H query heads, G key-value heads, K head dim,
         W window (the query itself included); h and g count the heads of one tensor rank.
-Left context: KeyValues, both (B, S, g, K), keys rotated: the last W-1 tokens with a window, else all.
+Left context: KeyValues, both (B, S, g, K), keys rotated: the last W-1 tokens with a window, else all, which inference
+        keeps in a KeyValueCache.
 Source: YOCO, arXiv 2405.05254, section 2.2 "sliding-window attention"; LLaMA, arXiv 2302.13971.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from megayoco.layers.context import KeyValues, Positions, Rotary
 from megayoco.layers.linear import Builder, ColumnLinear, Init, KeyValueLinear, RowLinear
 from megayoco.ops.attention import causal_attention
+from megayoco.ops.key_value_cache import KeyValueCache, attention_over_cache
 from megayoco.parallel.collectives import sum_gradient
 
 
@@ -51,20 +53,25 @@ class SelfAttention(nn.Module):
         """The context of a sequence's first chunk."""
         return KeyValues.empty(batch_size, self.local_kv_heads, self.head_dim, dtype, device)
 
-    def forward(self, x: Tensor, positions: Positions, left: KeyValues) -> tuple[Tensor, KeyValues]:
+    def forward(
+        self, x: Tensor, positions: Positions, left: KeyValues | KeyValueCache
+    ) -> tuple[Tensor, KeyValues | KeyValueCache]:
         x = sum_gradient(x, self.group)
         q_BThK = self.rotary(self.q_proj(x), positions)
         k_BTgK = self.rotary(self.k_proj(x), positions)
         v_BTgK = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        seen, right = self._seen(left, KeyValues(k_BTgK, v_BTgK))
-        y_BThK = causal_attention(
-            q_BThK,
-            seen.key,
-            seen.value,
-            scale=self.head_dim**-0.5,
-            window=self.window,
-            first_key=positions.first_visible(seen.key.shape[1] - x.shape[1]),
-        )
+        own, scale = KeyValues(k_BTgK, v_BTgK), self.head_dim**-0.5
+        right: KeyValues | KeyValueCache
+        if isinstance(left, KeyValueCache):
+            right = left.combine(own)
+            first_key = positions.first_visible(left.tokens)
+            y_BThK = attention_over_cache(q_BThK, right, scale=scale, first_key=first_key)
+        else:
+            seen, right = self._seen(left, own)
+            first_key = positions.first_visible(seen.key.shape[1] - x.shape[1])
+            y_BThK = causal_attention(
+                q_BThK, seen.key, seen.value, scale=scale, window=self.window, first_key=first_key
+            )
         return self.out_proj(y_BThK.flatten(2)), right
 
     def _seen(self, left: KeyValues, own: KeyValues) -> tuple[KeyValues, KeyValues]:

@@ -2,7 +2,8 @@
 
 Shapes: B batch, T tokens of the chunk, S tokens so far (the chunk's included), D model dim, G key-value heads (g of one
         tensor rank), K head dim of the cross-decoder.
-Left context: KeyValues of everything before the chunk, both (B, S - T, g, K), keys rotated.
+Left context: KeyValues of everything before the chunk, both (B, S - T, g, K), keys rotated; a KeyValueCache of them in
+        inference.
 Source: YOCO, arXiv 2405.05254, equation 2. Its own RMSNorm and two projections; the residual stream passes untouched.
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from megayoco.layers.context import KeyValues, Positions, Rotary
 from megayoco.layers.linear import Builder, Init, KeyValueLinear, RMSNorm
+from megayoco.ops.key_value_cache import KeyValueCache
 from megayoco.parallel.collectives import sum_gradient
 
 
@@ -43,7 +45,9 @@ class SharedKeyValues(nn.Module):
         """The context of a sequence's first chunk."""
         return KeyValues.empty(batch_size, self.local_kv_heads, self.head_dim, dtype, device)
 
-    def forward(self, x: Tensor, positions: Positions, left: KeyValues) -> tuple[Tensor, KeyValues]:
+    def forward(
+        self, x: Tensor, positions: Positions, left: KeyValues | KeyValueCache
+    ) -> tuple[Tensor, KeyValues | KeyValueCache]:
         h = sum_gradient(self.norm(x), self.group)
         k_BTgK = self.rotary(self.k_proj(h), positions)
         v_BTgK = self.v_proj(h).unflatten(-1, (-1, self.head_dim))

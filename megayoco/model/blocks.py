@@ -32,7 +32,7 @@ from megayoco.layers.linear import (
 from megayoco.layers.retention import GatedRetention
 from megayoco.layers.self_attention import SelfAttention
 from megayoco.layers.shared_kv import SharedKeyValues
-from megayoco.ops.cross_entropy import linear_cross_entropy
+from megayoco.ops.cross_entropy import linear_cross_entropy, linear_token_losses
 from megayoco.parallel.collectives import gather_last_dim
 from megayoco.parallel.shards import mark, row_shard
 
@@ -91,6 +91,15 @@ class Head(nn.Module):
         return linear_cross_entropy(
             x.flatten(0, 1), self.weight, targets.flatten(), group=group, rank_offset=self.first_row
         )
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, R, D), targets (B, R) int64: -log p of each target (B, R), fp32 or wider, and whether it was the most
+        likely entry of the vocabulary (B, R) bool. Without gradient; equal on every tensor rank."""
+        group = self.group if self.ranks > 1 else None
+        losses, greedy = linear_token_losses(
+            self.norm(x).flatten(0, 1), self.weight, targets.flatten(), group=group, rank_offset=self.first_row
+        )
+        return losses.view(targets.shape), greedy.view(targets.shape)
 
 
 def _matrix_init(model: ModelConfig, fan_in: int) -> Init:

@@ -210,23 +210,13 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
             raise ValueError(f"{count} bands for a model whose layers share no keys and values")
         self.bands = replace(self.bands, count=count, order=order)
 
-    def forward(self, inputs: Any) -> Any:
-        """What DeepSpeed sends to the next stage; in bands, the last stage leaves all to `_loss`, which has the
-        targets."""
-        if self.bands.count == 1:
-            return super().forward(inputs)
-        blocks = self.forward_funcs
-        if isinstance(blocks[-1], _HeadStage):
-            return inputs
-        flow = self._received(inputs)
-        hidden, shared = banded_stage(self._stage(), self.bands, flow.hidden, flow.positions.start, flow.shared)
-        return blocks[-1].wire_out.pack(_Flow(hidden, flow.positions, shared))
+    @property
+    def first_block(self) -> int:
+        """Number of this stage's first block in [embedding, layer pattern ..., head]."""
+        return self.stage_borders[self.stage_id]
 
-    def _partition_layers(self, method: str = "") -> None:
-        self.parts = self.stage_borders
-        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
-
-    def _stage(self) -> Stage:
+    def stage(self) -> Stage:
+        """The blocks of this stage."""
         first, last = self.forward_funcs[0], self.forward_funcs[-1]
         own: list[Layer] = []
         cross: list[Layer] = []
@@ -246,6 +236,22 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
             recompute=self.recompute and self.training,
         )
 
+    def forward(self, inputs: Any) -> Any:
+        """What DeepSpeed sends to the next stage; in bands, the last stage leaves all to `_loss`, which has the
+        targets."""
+        if self.bands.count == 1:
+            return super().forward(inputs)
+        blocks = self.forward_funcs
+        if isinstance(blocks[-1], _HeadStage):
+            return inputs
+        flow = self._received(inputs)
+        hidden, shared = banded_stage(self.stage(), self.bands, flow.hidden, flow.positions.start, flow.shared)
+        return blocks[-1].wire_out.pack(_Flow(hidden, flow.positions, shared))
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self.stage_borders
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
     def _received(self, inputs: Any) -> _Flow:
         """What a stage begins with; the hidden states of the first one are still tokens."""
         first: Any = next(block for block in self.forward_funcs if isinstance(block, nn.Module))
@@ -264,7 +270,7 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
         if self.bands.count > 1:  # `hidden` is what the stage received
             flow = self._received(hidden)
             start = flow.positions.start
-            loss_sum, _ = banded_loss(self._stage(), self.bands, flow.hidden, targets, start, flow.shared)
+            loss_sum, _ = banded_loss(self.stage(), self.bands, flow.hidden, targets, start, flow.shared)
         else:
             loss_sum, _ = self._head()(hidden, targets)
         return loss_sum * scale

@@ -82,6 +82,67 @@ def linear_cross_entropy_naive(x: Tensor, weight: Tensor, targets: Tensor) -> tu
     return loss, (targets != IGNORED).sum()
 
 
+@torch.no_grad()
+def linear_token_losses(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    rank_offset: int = 0,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The cross entropy of each token by itself, for evaluation: no gradient, and no logits of more than a chunk.
+
+    Args:
+        x, weight, targets, group, rank_offset, chunk_tokens: as `linear_cross_entropy`; no target is -100.
+
+    Returns:
+        (M,) -log softmax(x weight^T)[target], fp32 (float64 for float64 inputs), and (M,) bool, whether the target is
+        the entry of the largest logit (among equal ones the first). Both the same on every rank.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or a target lies outside the vocabulary.
+    """
+    _check_shapes(x, weight, targets)
+    group = None if group is None or group.size() == 1 else group
+    _check_targets(targets, (1 if group is None else group.size()) * weight.shape[0])
+    if bool((targets == IGNORED).any()):
+        raise ValueError("every token needs a target here")
+    step = _default_chunk_tokens(x.device, weight.shape[0]) if chunk_tokens is None else chunk_tokens
+    parts = [
+        _token_losses(x[i : i + step], weight, targets[i : i + step], group, rank_offset)
+        for i in range(0, x.shape[0], step)
+    ]
+    if not parts:
+        return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32)), targets.new_empty(0).bool()
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _token_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup | None, rank_offset: int
+) -> tuple[Tensor, Tensor]:
+    logits = x @ weight.t()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    column = targets - rank_offset
+    mine = (column >= 0) & (column < weight.shape[0])
+    column = column.clamp(0, weight.shape[0] - 1)[:, None]
+    best, first = logits.max(-1)
+    maximum = best
+    if group is not None:
+        maximum = best.clone()
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+    target = logits.gather(1, column).squeeze(1).masked_fill_(~mine, 0)
+    first = (first + rank_offset).masked_fill_(best < maximum, torch.iinfo(torch.int64).max)
+    total = logits.sub_(maximum[:, None]).exp_().sum(-1)
+    if group is not None:
+        sums = torch.stack([total, target])
+        dist.all_reduce(sums, group=group)
+        total, target = sums
+        dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
+    return total.log() + maximum - target, first == targets
+
+
 def _default_chunk_tokens(device: torch.device, vocabulary: int) -> int:
     row_bytes = 4 * max(1, vocabulary)
     if device.type == "cpu":

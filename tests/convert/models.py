@@ -12,7 +12,7 @@ from megayoco.config import ModelConfig
 from megayoco.convert.names import tensor_shapes
 from megayoco.convert.weights import HeldTensors, Weights
 from megayoco.data.tokenizer import ByteTokenizer
-from megayoco.generate.loading import load_decoder
+from megayoco.generate.loading import load_weights
 from tests.generate.models import MODELS, SHAPE
 
 FACTS: dict[str, Any] = {"step": 7, "sequence_length": 4096, "phases": [{"sequence_length": 4096, "rope_theta": 1e4}]}
@@ -33,8 +33,8 @@ def random_weights(model: ModelConfig | str, seed: int = 0, dtype: torch.dtype =
 
 def logits(weights: Weights, tokens: Tensor) -> Tensor:
     """(T, V) fp32 by our decoder; tokens (T,)."""
-    decoder = load_decoder(weights, torch.float32, torch.device("cpu"))
-    return decoder.advance(tokens[None], decoder.empty_context(1), last_only=False)[0][0]
+    model = load_weights(weights, dtype=torch.float32)
+    return model.advance(tokens[None], model.empty_context(), last_only=False)[0][0]
 
 
 def assert_same(found: Weights, expected: Weights) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megayoco.config import ModelConfig
 from megayoco.model.decoder import Decoder, build_decoder
+from megayoco.model.inference import InferenceModel
 from megayoco.model.parameters import canonical_parameters
 
 SHAPE: dict[str, Any] = dict(dim=32, layers=4, hidden_dim=48, heads=4, kv_heads=2, vocab_size=264)
@@ -30,6 +31,10 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Decod
                 gain = 1.0 if key == "embed_tokens.weight" else 3.0
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain * parameter.shape[1] ** -0.5)
     return decoder.eval()
+
+
+def inference(name: str, dtype: torch.dtype = torch.float32, storage: torch.dtype | None = None) -> InferenceModel:
+    return InferenceModel.of(build(name, dtype), storage=storage)
 
 
 def weights(decoder: Decoder) -> dict[str, Tensor]:

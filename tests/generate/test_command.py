@@ -12,7 +12,7 @@ from megayoco.convert.export import read_export, write_export
 from megayoco.data.tokenizer import ByteTokenizer
 from megayoco.generate import __main__ as command
 from megayoco.generate.generation import generate
-from megayoco.generate.loading import load_decoder
+from megayoco.generate.loading import load_weights
 from megayoco.generate.sampling import GREEDY, Sampling
 from tests.generate.models import MODELS, build, weights
 
@@ -42,9 +42,9 @@ def main(run):
 
 
 def expected(run, prompt, count, sampling):
-    decoder = load_decoder(read_export(run / "export"), torch.float32, torch.device("cpu"))
+    model = load_weights(read_export(run / "export"), dtype=torch.float32)
     tokenizer = ByteTokenizer()
-    tokens = list(generate(decoder, tokenizer.encode(prompt) or [256], count, sampling, stop=[256], vocab_size=257))
+    tokens = list(generate(model, tokenizer.encode(prompt) or [256], count, sampling, stop=[256], vocab_size=257))
     return tokenizer.decode(tokens), len(tokens)
 
 

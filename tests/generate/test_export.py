@@ -12,6 +12,7 @@ from megayoco.convert.export import read_export, tensor_shapes, write_export
 from megayoco.data.tokenizer import ByteTokenizer
 from megayoco.errors import UserError
 from megayoco.generate.loading import load_decoder
+from megayoco.model.inference import InferenceModel
 from megayoco.model.parameters import shards_of
 from megayoco.presets import PRESETS
 from tests.generate.models import MODELS, SHAPE, build, weights
@@ -69,7 +70,8 @@ def test_round_trip_is_exact(name, dtype, tmp_path):
     assert ("lm_head.weight" in export.tensors) is not tied
     assert (loaded.head.weight is loaded.embed_tokens.weight) is tied
     tokens = torch.arange(30)[None]
-    logits = [model.advance(tokens, model.empty_context(1), last_only=False)[0] for model in (decoder, loaded)]
+    models = [InferenceModel.of(module) for module in (decoder, loaded)]
+    logits = [model.advance(tokens, model.empty_context(), last_only=False)[0] for model in models]
     assert torch.equal(*logits)
 
 

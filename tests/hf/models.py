@@ -13,6 +13,7 @@ from megayoco.config import ModelConfig
 from megayoco.hf.configuration_megayoco import MegaYocoConfig
 from megayoco.hf.modeling_megayoco import MegaYocoForCausalLM
 from megayoco.model.decoder import Decoder, build_decoder
+from megayoco.model.inference import InferenceModel
 from megayoco.model.parameters import canonical_parameters
 
 SHAPE: dict[str, Any] = dict(dim=32, layers=4, hidden_dim=48, heads=4, kv_heads=2, vocab_size=64)
@@ -120,4 +121,5 @@ def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
 
 @torch.no_grad()
 def decoder_logits(decoder: Decoder, ids: Tensor) -> Tensor:
-    return decoder.advance(ids, decoder.empty_context(ids.shape[0]), last_only=False)[0]
+    model = InferenceModel.of(decoder)
+    return model.advance(ids, model.empty_context(ids.shape[0]), last_only=False)[0]

@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from megayoco.hf import modeling_megayoco
 from megayoco.hf.modeling_megayoco import MegaYocoForCausalLM, gated_retention
+from megayoco.model.inference import InferenceModel
 from megayoco.ops.retention import empty_state, gated_retention_naive
 from tests.hf.models import ATTENTIONS, BOTH, MODELS, build, decoder_logits, hf_config, tokens
 
@@ -72,9 +73,10 @@ def test_pieces_equal_the_whole(name, attention):
 def test_decoding_equals_the_decoders(name):
     decoder, model = build(name)
     ids, cache = tokens(1, 20), DynamicCache(config=model.config)
-    context = decoder.empty_context(1)
+    inference = InferenceModel.of(decoder)
+    context = inference.empty_context()
     for part in ids.split([13, *[1] * 7], 1):
-        expected, context = decoder.advance(part, context)
+        expected, context = inference.advance(part, context)
         got = model(part, past_key_values=cache, logits_to_keep=1).logits
         torch.testing.assert_close(got, expected, **EXACT)
 

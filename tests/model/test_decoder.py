@@ -11,6 +11,7 @@ from torch import Tensor
 from megayoco.config import ModelConfig
 from megayoco.errors import UserError
 from megayoco.model.decoder import Decoder, build_decoder
+from megayoco.model.inference import InferenceModel
 from megayoco.model.parameters import canonical_parameters, count_parameters, load_canonical
 from megayoco.presets import PRESETS
 from tests.model.reference import yoco_logits
@@ -38,7 +39,8 @@ def tokens(rows: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def logits(decoder: Decoder, ids: Tensor) -> Tensor:
-    return decoder.advance(ids, decoder.empty_context(ids.shape[0]), last_only=False)[0]
+    model = InferenceModel.of(decoder)
+    return model.advance(ids, model.empty_context(ids.shape[0]), last_only=False)[0]
 
 
 @pytest.mark.parametrize("name", YOCO)
@@ -110,11 +112,11 @@ def test_llama_equals_transformers():
 def test_reading_in_chunks_equals_reading_at_once(name, borders):
     decoder, ids = build(name), tokens(3, 23)
     expected = logits(decoder, ids)
-    context, got = decoder.empty_context(3), []
-    with torch.no_grad():
-        for chunk in ids.split(borders, 1):
-            part, context = decoder.advance(chunk, context, last_only=False)
-            got.append(part)
+    model = InferenceModel.of(decoder)
+    context, got = model.empty_context(3), []
+    for chunk in ids.split(borders, 1):
+        part, context = model.advance(chunk, context, last_only=False)
+        got.append(part)
     assert context.length == 23
     torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-10, atol=1e-12)
 
@@ -125,11 +127,11 @@ def test_absorbed_tokens_skip_the_cross_decoder_and_change_nothing(name):
     rows: list[int] = []
     for layer in decoder.layers[decoder.self_layers :]:
         layer.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
-    with torch.no_grad():
-        context = decoder.absorb(ids[:, :17], decoder.empty_context(2))
-        context = decoder.absorb(ids[:, 17:21], context)
-        assert rows == []
-        last, _ = decoder.advance(ids[:, 21:], context)
+    model = InferenceModel.of(decoder)
+    context = model.absorb(ids[:, :17], model.empty_context(2))
+    context = model.absorb(ids[:, 17:21], context)
+    assert rows == []
+    last, _ = model.advance(ids[:, 21:], context)
     # the last position alone entered each cross layer
     assert rows == [1] * (len(decoder.layers) - decoder.self_layers)
     torch.testing.assert_close(last[:, 0], logits(decoder, ids)[:, -1], rtol=1e-10, atol=1e-12)
@@ -224,9 +226,10 @@ def test_a_missing_context_is_an_error():
     decoder, ids = build("retention"), tokens(1, 4)
     with pytest.raises(TypeError):
         decoder.layers[0](decoder.embed_tokens(ids), None)
-    context = decoder.empty_context(1)
+    model = InferenceModel.of(decoder)
+    context = model.empty_context()
     with pytest.raises(ValueError, match="context"):
-        decoder.advance(ids, context._replace(layers=context.layers[:-1]))
+        model.advance(ids, context._replace(layers=context.layers[:-1]))
 
 
 def test_loading_names_what_does_not_fit():

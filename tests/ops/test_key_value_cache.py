@@ -1,0 +1,116 @@
+"""A cache is a value: what is read from it never depends on how it grew, nor on who continued it."""
+
+import pytest
+import torch
+
+from megayoco.ops.attention import causal_attention_naive
+from megayoco.ops.key_value_cache import STORAGES, KeyValueCache, attention_over_cache
+from megayoco.ops.key_values import KeyValues
+
+B, G, H, K = 2, 2, 6, 8
+CPU = torch.device("cpu")
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def key_values(tokens, seed=0, dtype=torch.float64):
+    return KeyValues(
+        random(B, tokens, G, K, seed=seed, dtype=dtype), random(B, tokens, G, K, seed=seed + 1, dtype=dtype)
+    )
+
+
+def filled(sizes, reserve=0, storage=None, dtype=torch.float64):
+    """A cache of sum(sizes) tokens that came in pieces, and what went in."""
+    whole = key_values(sum(sizes), dtype=dtype)
+    cache, start = KeyValueCache.empty(B, G, K, dtype, CPU, reserve=reserve, storage=storage), 0
+    for size in sizes:
+        cache = cache.combine(KeyValues(whole.key[:, start : start + size], whole.value[:, start : start + size]))
+        start += size
+    return cache, whole
+
+
+@pytest.mark.parametrize("reserve", [0, 7, 100])
+@pytest.mark.parametrize("sizes", [[50], [1] * 50, [13, 1, 1, 20, 15]])
+def test_what_went_in_comes_out(sizes, reserve):
+    cache, whole = filled(sizes, reserve)
+    assert cache.tokens == 50
+    assert torch.equal(cache.key, whole.key)
+    assert torch.equal(cache.value, whole.value)
+    assert cache.bytes == 2 * whole.key.numel() * 8
+
+
+def test_continuations_of_one_prefix_do_not_see_each_other():
+    prefix, whole = filled([5, 6], reserve=64)
+    first = prefix.combine(key_values(4, seed=10))
+    second = prefix.combine(key_values(3, seed=20))
+    third = first.combine(key_values(1, seed=30))
+    for cache, parts in (
+        (prefix, [whole]),
+        (first, [whole, key_values(4, seed=10)]),
+        (second, [whole, key_values(3, seed=20)]),
+        (third, [whole, key_values(4, seed=10), key_values(1, seed=30)]),
+    ):
+        assert torch.equal(cache.key, torch.cat([part.key for part in parts], 1))
+        assert torch.equal(cache.value, torch.cat([part.value for part in parts], 1))
+
+
+def test_appending_is_in_place_until_the_room_is_full_and_then_doubles():
+    cache, _ = filled([1])
+    places = set()
+    for token in range(500):
+        cache = cache.combine(key_values(1, seed=token))
+        places.add(cache.key.data_ptr())
+    # 64, 128 or so, 256 or so, 512 or so: a handful of buffers, not one per token
+    assert len(places) <= 5
+    reserved, _ = filled([1], reserve=501)
+    place = reserved.key.data_ptr()
+    for token in range(500):
+        reserved = reserved.combine(key_values(1, seed=token))
+    assert reserved.key.data_ptr() == place
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
+@pytest.mark.parametrize("queries", [1, 2, 9, 33])
+@pytest.mark.parametrize("storage", [None, *STORAGES])
+def test_attention_equals_the_naive_one_over_what_is_stored(storage, queries, ragged, monkeypatch):
+    monkeypatch.setattr("megayoco.ops.key_value_cache._BLOCK", 16)
+    monkeypatch.setattr("megayoco.ops.key_value_cache._MASKED_ROWS", 5)
+    cache, _ = filled([20, 13], storage=STORAGES.get(storage))
+    q = random(B, queries, H, K, seed=5)
+    first_key = None
+    if ragged:
+        # row 1 begins with 17 tokens of padding, a document of their own
+        index = torch.arange(33 - queries, 33)
+        first_key = torch.stack([torch.zeros(queries, dtype=torch.int64), torch.where(index < 17, 0, 17)])
+    expected = causal_attention_naive(q, cache.key, cache.value, scale=0.4, first_key=first_key)
+    got = attention_over_cache(q, cache, scale=0.4, first_key=first_key)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "error"), [("int8", 0.005), ("fp8", 0.04)])
+def test_narrow_storage_is_small_and_close(name, error):
+    cache, whole = filled([100, 28], storage=STORAGES[name], dtype=torch.float32)
+    assert cache.is_narrow
+    # one byte per number, one fp32 scale per token and head
+    assert cache.bytes == 2 * B * 128 * G * (K + 4)
+    for got, sent in ((cache.key, whole.key), (cache.value, whole.value)):
+        assert got.dtype == torch.float32
+        largest = sent.abs().amax(-1, keepdim=True)
+        assert float(((got - sent).abs() / largest).max()) < error
+        assert not torch.equal(got, sent)
+    q = random(B, 4, H, K, seed=5, dtype=torch.float32)
+    exact = causal_attention_naive(q, whole.key, whole.value, scale=K**-0.5)
+    got = attention_over_cache(q, cache, scale=K**-0.5)
+    assert float((got - exact).norm() / exact.norm()) < 2 * error
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_zeros_and_large_numbers_survive_narrow_storage(name):
+    cache = KeyValueCache.empty(1, 1, 4, torch.float32, CPU, storage=STORAGES[name])
+    x = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1e30, -1e30, 0.0, 5e29], [1e-30, 0.0, -1e-30, 1e-30]]).view(1, 3, 1, 4)
+    cache = cache.combine(KeyValues(x, -x))
+    assert torch.isfinite(cache.key).all()
+    torch.testing.assert_close(cache.key[0, :2], x[0, :2], rtol=0.05, atol=0)
+    torch.testing.assert_close(cache.value[0, :2], -x[0, :2], rtol=0.05, atol=0)
