@@ -138,12 +138,12 @@ def _steps(
     history: Sequence[int],
 ) -> Iterator[tuple[int, DecoderContext]]:
     """Each new token with the context that it was chosen from."""
-    seen = [*history, *tokens] if getattr(sampler, "needs_history", False) else None
+    seen = [*history, *tokens] if sampler.needs_history else None
     context = prefill(model, tokens[:-1], chunk=chunk, context=context)
     token = tokens[-1]
     for _ in range(max_new_tokens):
         logits, context = model.advance(_row(model, [token]), context)
-        token = sampler(logits[0, -1]) if seen is None else sampler(logits[0, -1], seen)
+        token = sampler(logits[0, -1], seen)
         if seen is not None:
             seen.append(token)
         yield token, context
@@ -191,7 +191,7 @@ def generate_batch(
     for start in range(0, tokens.shape[1] - 1, prefill_chunk):
         context = model.absorb(tokens[:, start : min(start + prefill_chunk, tokens.shape[1] - 1)], context)
     sampler = Sampler(agreed(model, sampling), vocab_size)
-    histories = [list(prompt) for prompt in prompts] if getattr(sampler, "needs_history", False) else None
+    histories = [list(prompt) for prompt in prompts] if sampler.needs_history else None
     new: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     last = tokens[:, -1:]

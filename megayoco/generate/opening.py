@@ -1,0 +1,144 @@
+"""From a command line to a model that is ready: in one process, or on the ranks that a launcher has started."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megayoco.data.tokenizer import Tokenizer
+from megayoco.errors import UserError
+from megayoco.generate.finding import read_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from megayoco.model.inference import InferenceModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a model goes, as the flags of generate and evaluate say it."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1; None: a GPU where there is one."""
+    dtype: str | None = None
+    """float32 or bfloat16; None: float32 on a CPU, bfloat16 on a GPU."""
+    tensor: int | None = None
+    """Ranks that share each matrix; None: all, or with `copies` 1."""
+    pipeline: int = 1
+    """Ranks that share the layers."""
+    copies: bool = False
+    """Whether ranks beyond one copy of the model hold further copies, which work on other prompts."""
+    storage: str | None = None
+    """int8 or fp8 to keep the growing keys and values so; None: in the model's dtype."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with what belongs to it."""
+
+    model: InferenceModel
+    tokenizer: Tokenizer
+    facts: dict[str, Any]
+    """What is known of its training; `sequence_length` is the longest trained, in tokens."""
+    rank: int
+    """Of this process; 0 speaks."""
+
+
+def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
+    """Finds, reads and places the model that `--model` names. Collective under a launcher.
+
+    Raises:
+        UserError: there is no model, or it does not fit the placement; the same on all ranks.
+    """
+    # late: DeepSpeed and megatron-core take seconds, and a mistake on the command line needs neither
+    from megayoco.parallel.launch import read_launch
+
+    launch = read_launch(os.environ)
+    if launch.world_size == 1:
+        return _open_alone(path, placement)
+    from megayoco.parallel.launch import start_distributed
+    from megayoco.train.agreement import all_ranks_agree
+
+    if placement.device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {placement.device}: several processes take one GPU each. Say cpu or cuda.")
+    if placement.device is not None:
+        os.environ["DS_ACCELERATOR"] = placement.device
+    # DeepSpeed calls collectives by names that torch is about to replace; a user can do nothing about it
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    launch, device = start_distributed()
+    with all_ranks_agree():
+        weights, tokenizer = read_model(path)
+        layout = _layout(placement, launch.world_size)
+        layout.validate(weights.model, launch.world_size)
+    from megayoco.generate.loading import load_weights
+    from megayoco.parallel.topology import build_topology
+
+    topology = build_topology(layout, weights.model)
+    with all_ranks_agree():
+        model = load_weights(
+            weights,
+            dtype=_dtype(placement.dtype, device),
+            device=device,
+            topology=topology,
+            storage=placement.storage,
+        )
+    return Opened(model, tokenizer, weights.facts, launch.rank)
+
+
+def _open_alone(path: str | os.PathLike[str], placement: Placement) -> Opened:
+    for name in ("tensor", "pipeline"):
+        if (getattr(placement, name) or 1) > 1:
+            raise UserError(
+                f"--{name} {getattr(placement, name)} needs as many processes: deepspeed --num_gpus N --module ..."
+            )
+    device = choose_device(placement.device)
+    weights, tokenizer = read_model(path)
+    # slow: the layers bring megatron-core along. This package first, which keeps it quiet.
+    import megayoco.parallel  # noqa: F401
+    from megayoco.generate.loading import load_weights
+
+    dtype = _dtype(placement.dtype, device)
+    model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage)
+    return Opened(model, tokenizer, weights.facts, 0)
+
+
+def _layout(placement: Placement, world_size: int) -> Any:
+    from megayoco.config import ParallelConfig
+
+    pipeline = placement.pipeline
+    if world_size % pipeline:
+        raise UserError(f"--pipeline {pipeline} does not divide the {world_size} processes. Start a multiple of it.")
+    tensor = placement.tensor or (1 if placement.copies else world_size // pipeline)
+    if not placement.copies and tensor * pipeline != world_size:
+        raise UserError(
+            f"{world_size} processes were started, but --tensor {tensor} x --pipeline {pipeline} = {tensor * pipeline}"
+            f" hold the model. Start {tensor * pipeline}."
+        )
+    return ParallelConfig(tensor=tensor, pipeline=pipeline)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device by its name; None: a GPU where torch sees one (unless DS_ACCELERATOR=cpu), else the CPU."""
+    import torch
+
+    if name is None:
+        usable = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
+        return torch.device("cuda" if usable else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device of torch. Say cpu, cuda or cuda:1.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here. Say --device cpu.")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported. Say cpu, cuda or cuda:1.")
+    return device
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    import torch
+
+    return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))  # type: ignore[no-any-return]
