@@ -1,0 +1,181 @@
+"""Evaluate a trained model: python -m megayoco.evaluate NAME --model RUN_OR_MODEL_DIR --output DIR, alone or under any
+launcher. The summary goes to stdout, progress and notes to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megayoco.errors import UserError
+from megayoco.evaluate.evaluations import EVALUATIONS, Evaluation, find_evaluation
+from megayoco.evaluate.flags import add_flags, options_from
+
+if TYPE_CHECKING:
+    import torch
+
+    from megayoco.convert.weights import Weights
+    from megayoco.model.inference import InferenceModel
+
+PROGRAM = "python -m megayoco.evaluate"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace, Any]:
+    """Name of the evaluation, the general flags, and the evaluation's options.
+
+    Raises:
+        UserError: an unknown evaluation or flag, or a value that does not serve.
+    """
+    # launchers put theirs in front of everything
+    arguments = [text for text in arguments if not re.fullmatch(r"--local[-_]rank=\d+", text)]
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(_overview())
+        raise SystemExit(0)
+    name, rest = arguments[0], arguments[1:]
+    if name.startswith("-"):
+        raise UserError(f"the name of an evaluation comes first: {', '.join(EVALUATIONS)}. See {PROGRAM} --help.")
+    evaluation = find_evaluation(name)
+    parser = _parser(name, evaluation)
+    given = parser.parse_args(rest)
+    return name, given, options_from(evaluation.options, given)
+
+
+def _overview() -> str:
+    width = max(map(len, EVALUATIONS))
+    lines = [f"  {name:{width}}  {evaluation.summary}" for name, evaluation in EVALUATIONS.items()]
+    return "\n".join(
+        [f"usage: {PROGRAM} NAME --model DIR --output DIR [...]", "", *lines, "", f"{PROGRAM} NAME --help tells more."]
+    )
+
+
+def _parser(name: str, evaluation: Evaluation) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"{PROGRAM} {name}", description=f"{evaluation.summary}.".capitalize(), allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="a run directory, or the folder of a model")
+    add("--output", required=True, metavar="DIR", help="folder of the results; the same command goes on in it")
+    add("--overwrite", action="store_true", help="give up the results that --output holds")
+    add("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 on a GPU")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1; a GPU where there is one; not under a launcher")
+    add("--tensor", type=int, default=1, metavar="N", help="processes that share each layer of a model (1)")
+    add("--pipeline", type=int, default=1, metavar="N", help="processes that share its stack of layers (1)")
+    add_flags(parser, evaluation.options)
+    return parser
+
+
+def evaluate(name: str, given: argparse.Namespace, options: Any) -> dict[str, float]:
+    """Load the model, run the evaluation. Collective."""
+    # slow, and not needed for help and mistakes on the command line. This package first, which keeps the next quiet.
+    import torch
+
+    import megayoco.parallel  # noqa: F401
+    from megayoco.evaluate.progress import ConsoleProgress
+    from megayoco.evaluate.results import clear
+    from megayoco.evaluate.subject import describe
+    from megayoco.evaluate.work import first_rank_does
+    from megayoco.generate.finding import read_model
+
+    launched, device = _place(given)
+    weights, tokenizer = read_model(given.model)
+    dtype = getattr(torch, given.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    output = Path(given.output)
+    if given.overwrite:
+        first_rank_does(lambda: clear(output))
+    model = _load(weights, dtype, device, given, launched)
+    subject = describe(weights, dtype, shlex.join([*PROGRAM.split(), *sys.argv[1:]]))
+    progress = ConsoleProgress(name)
+    try:
+        run = find_evaluation(name).load()
+        return run(model, tokenizer, options, output, progress, subject)
+    finally:
+        progress.close()
+
+
+def _place(given: argparse.Namespace) -> tuple[bool, torch.device]:
+    """Whether a launcher started several processes, and this one's device."""
+    from megayoco.generate.__main__ import choose_device
+    from megayoco.parallel.launch import read_launch, start_distributed
+
+    if read_launch(os.environ).world_size == 1:
+        if given.tensor * given.pipeline > 1:
+            raise UserError(
+                f"--tensor {given.tensor} and --pipeline {given.pipeline} need {given.tensor * given.pipeline}"
+                f" processes, this is one. Start them: deepspeed --num_gpus {given.tensor * given.pipeline} --module"
+                " megayoco.evaluate ..."
+            )
+        return False, choose_device(given.device)
+    if given.device is not None:
+        raise UserError("--device is for a single process: under a launcher each takes its own. Leave it out.")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return True, start_distributed()[1]
+
+
+def _load(
+    weights: Weights, dtype: torch.dtype, device: torch.device, given: argparse.Namespace, launched: bool
+) -> InferenceModel:
+    from megayoco.config import ParallelConfig
+    from megayoco.generate.loading import load_weights
+    from megayoco.parallel.topology import build_topology
+
+    if not launched:
+        return load_weights(weights, dtype=dtype, device=device)
+    parallel = ParallelConfig(tensor=given.tensor, pipeline=given.pipeline)
+    return load_weights(weights, dtype=dtype, device=device, topology=build_topology(parallel, weights.model))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 if another process ended, 2 for what the user has to change, 130 when interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    rank = None
+    try:
+        name, given, options = parse(sys.argv[1:] if arguments is None else arguments)
+        from megayoco.parallel.launch import read_launch
+
+        rank = read_launch(os.environ).rank
+        summary = evaluate(name, given, options)
+    except UserError as error:
+        if rank in (None, 0):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        if rank in (None, 0):
+            print("error: interrupted. The same command goes on.", file=sys.stderr, flush=True)
+        return 130
+    except RuntimeError as error:
+        # a traceback here would bury the one line of the process that ended first
+        if not re.search("Connection (closed|reset) by peer|remote process exited", str(error)):
+            raise
+        print(f"error (rank {rank}): another process has ended; its message says why.", file=sys.stderr, flush=True)
+        return 1
+    if rank == 0:
+        width = max(map(len, summary))
+        for key, value in summary.items():
+            print(f"{key:{width}}  {value:.4f}")
+        print(f"{given.output}: results.json, table.csv and pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except KeyboardInterrupt:  # while torch was imported
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # a rank that waits for threads or peers would keep the launcher from ending the others
+    os._exit(code)

@@ -1,0 +1,132 @@
+"""The text that hides needles: lines of files that the user names, or of the Python installation.
+
+It is a ring: what a prompt takes begins at a line drawn for it, and goes on at the first line behind the last. A prompt
+that is longer than the ring reads it again, which `Filler.repeats` tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from megayoco.data.encode import read_documents
+from megayoco.data.inputs import find_inputs
+from megayoco.data.installation import all_documents
+from megayoco.data.tokenizer import Tokenizer
+from megayoco.errors import UserError
+
+MAX_BYTES = 1 << 27
+"""Of a haystack that are read: more than any prompt needs."""
+LEAST_BYTES = 1 << 23
+BYTES_PER_TOKEN = 16
+# with the white space before it; long words, and text without spaces, are cut
+_PIECE = re.compile(r"\s*\S{1,16}")
+
+
+class Filler:
+    """The running text of one prompt, addressed by tokens.
+
+    Args:
+        pieces: words with the white space before them.
+        ends: (pieces,) float64, tokens of the text up to the end of each piece.
+        ring: pieces after which the haystack begins again; None where this is shorter.
+    """
+
+    def __init__(self, pieces: list[str], ends: np.ndarray, ring: int | None) -> None:
+        self._pieces, self._ends, self._ring = pieces, ends, ring
+
+    def part(self, begin: float, end: float) -> str:
+        """The text between two places, in tokens from the beginning, to the nearest word before each.
+
+        Parts that follow one another hold every word once. Text ends with a space, as in YOCO's evaluation, where a
+        line is written with a space behind it.
+        """
+        text = "".join(self._pieces[self._count(begin) : self._count(end)]).strip()
+        return f"{text} " if text else ""
+
+    def repeats(self, end: float) -> bool:
+        """Whether the text up to `end` tokens holds a part of the haystack twice."""
+        return self._ring is not None and self._count(end) > self._ring
+
+    def _count(self, tokens: float) -> int:
+        return int(np.searchsorted(self._ends, tokens, side="right"))
+
+
+class Haystack:
+    """Lines of text to draw fillers from.
+
+    Attributes:
+        identity: name and hash of the text, for results.
+    """
+
+    def __init__(self, name: str, documents: Iterator[tuple[str, str]], limit: int = MAX_BYTES) -> None:
+        self._lines: list[str] = []
+        size, digest = 0, hashlib.sha256()
+        for _, document in documents:
+            lines = [line for line in document.splitlines() if line.strip()]
+            self._lines += lines
+            size += len(document)
+            digest.update("\n".join(lines).encode("utf-8", "replace"))
+            if size > limit:
+                break
+        self.identity = {"haystack": name, "haystack_sha256": digest.hexdigest()}
+        if not self._lines:
+            raise UserError(f"--haystack {name} holds no text. Name files with text, or leave it out.")
+
+    @staticmethod
+    def open(source: str | None, longest: int) -> Haystack:
+        """The haystack of an evaluation whose longest prompt has `longest` tokens.
+
+        Args:
+            source: a file, a folder or a pattern; None: the Python installation's text.
+
+        Raises:
+            UserError: there is no such file, it cannot be read, or it holds no text.
+        """
+        if source is None:
+            limit = max(LEAST_BYTES, BYTES_PER_TOKEN * longest)
+            return Haystack("the Python installation", all_documents(), limit)
+        return Haystack(source, read_texts(source, "--haystack"), max(MAX_BYTES, BYTES_PER_TOKEN * longest))
+
+    def filler(self, tokenizer: Tokenizer, rng: random.Random, tokens: int) -> Filler:
+        """Text of at least `tokens` tokens from a line on that `rng` draws."""
+        start = rng.randrange(len(self._lines))
+        wanted = tokens // 4 + 16
+        while True:
+            pieces, ring = self._pieces(start, wanted)
+            total = len(tokenizer.encode_array("".join(pieces)))
+            if total >= tokens:
+                break
+            wanted *= 2
+        _, counts = tokenizer.encode_documents(pieces)
+        ends = counts.cumsum()
+        # counted piece by piece the text has a few tokens more or less than as a whole
+        return Filler(pieces, ends * (total / max(int(ends[-1]), 1)), ring)
+
+    def _pieces(self, start: int, wanted: int) -> tuple[list[str], int | None]:
+        pieces: list[str] = []
+        ring = None
+        number = start
+        while len(pieces) < wanted:
+            line = self._lines[number].strip()
+            pieces += _PIECE.findall(f" {line}")
+            number = (number + 1) % len(self._lines)
+            if number == start and ring is None:
+                ring = len(pieces)
+        return pieces, ring
+
+
+def read_texts(source: str, flag: str) -> Iterator[tuple[str, str]]:
+    """(place, text) of every document behind a file, a folder or a pattern; `flag` is what messages call it.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        yield from read_documents(find_inputs([source]).sources, ["text"])
+    except UserError as error:
+        raise UserError(str(error).replace("--input", flag)) from error
