@@ -14,6 +14,7 @@ from megayoco.generate.finding import read_model
 if TYPE_CHECKING:
     import torch
 
+    from megayoco.convert.weights import Weights
     from megayoco.model.inference import InferenceModel
 
 
@@ -45,6 +46,8 @@ class Opened:
     """What is known of its training; `sequence_length` is the longest trained, in tokens."""
     rank: int
     """Of this process; 0 speaks."""
+    weights: Weights
+    """What the model was read from."""
 
 
 def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
@@ -85,7 +88,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
             topology=topology,
             storage=placement.storage,
         )
-    return Opened(model, tokenizer, weights.facts, launch.rank)
+    return Opened(model, tokenizer, weights.facts, launch.rank, weights)
 
 
 def _open_alone(path: str | os.PathLike[str], placement: Placement) -> Opened:
@@ -102,7 +105,7 @@ def _open_alone(path: str | os.PathLike[str], placement: Placement) -> Opened:
 
     dtype = _dtype(placement.dtype, device)
     model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage)
-    return Opened(model, tokenizer, weights.facts, 0)
+    return Opened(model, tokenizer, weights.facts, 0, weights)
 
 
 def _layout(placement: Placement, world_size: int) -> Any:
