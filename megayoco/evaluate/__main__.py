@@ -10,20 +10,14 @@ import re
 import shlex
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from megayoco.data.command import positive_int
 from megayoco.errors import UserError
 from megayoco.evaluate.evaluations import EVALUATIONS, Evaluation, find_evaluation
 from megayoco.evaluate.flags import add_flags, options_from
-
-if TYPE_CHECKING:
-    import torch
-
-    from megayoco.convert.weights import Weights
-    from megayoco.model.inference import InferenceModel
 
 PROGRAM = "python -m megayoco.evaluate"
 
@@ -68,89 +62,69 @@ def _parser(name: str, evaluation: Evaluation) -> argparse.ArgumentParser:
     add("--output", required=True, metavar="DIR", help="folder of the results; the same command goes on in it")
     add("--overwrite", action="store_true", help="give up the results that --output holds")
     add("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 on a GPU")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1; a GPU where there is one; not under a launcher")
-    add("--tensor", type=int, default=1, metavar="N", help="processes that share each layer of a model (1)")
-    add("--pipeline", type=int, default=1, metavar="N", help="processes that share its stack of layers (1)")
+    add(
+        "--kv-dtype",
+        choices=("model", "int8", "fp8"),
+        default="model",
+        help="what the growing keys and values are kept in: --dtype unless told",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1; a GPU where there is one")
+    add("--tensor", type=positive_int, metavar="N", help="processes that share each layer of a copy of the model: 1")
+    add("--pipeline", type=positive_int, metavar="N", help="processes that share a copy's stack of layers: 1")
     add_flags(parser, evaluation.options)
     return parser
 
 
 def evaluate(name: str, given: argparse.Namespace, options: Any) -> dict[str, float]:
-    """Load the model, run the evaluation. Collective."""
-    # slow, and not needed for help and mistakes on the command line. This package first, which keeps the next quiet.
-    import torch
+    """Open the model, run the evaluation. Collective."""
+    from megayoco.generate.opening import Placement, open_model
 
-    import megayoco.parallel  # noqa: F401
+    storage = None if given.kv_dtype == "model" else given.kv_dtype
+    opened = open_model(
+        given.model,
+        Placement(
+            device=given.device,
+            dtype=given.dtype,
+            tensor=given.tensor,
+            pipeline=given.pipeline or 1,
+            copies=True,
+            storage=storage,
+        ),
+    )
+    # these after torch, which takes seconds: a wrong path is told before
     from megayoco.evaluate.progress import ConsoleProgress
     from megayoco.evaluate.results import clear
     from megayoco.evaluate.subject import describe
     from megayoco.evaluate.work import first_rank_does
-    from megayoco.generate.finding import read_model
 
-    launched, device = _place(given)
-    weights, tokenizer = read_model(given.model)
-    dtype = getattr(torch, given.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     output = Path(given.output)
     if given.overwrite:
         first_rank_does(lambda: clear(output))
-    model = _load(weights, dtype, device, given, launched)
-    subject = describe(weights, dtype, shlex.join([*PROGRAM.split(), *sys.argv[1:]]))
+    dtype = str(opened.model.dtype).removeprefix("torch.")
+    subject = describe(
+        opened.weights, shlex.join([*PROGRAM.split(), *sys.argv[1:]]), dtype=dtype, kv_dtype=storage or dtype
+    )
     progress = ConsoleProgress(name)
     try:
-        run = find_evaluation(name).load()
-        return run(model, tokenizer, options, output, progress, subject)
+        return find_evaluation(name).load()(opened.model, opened.tokenizer, options, output, progress, subject)
     finally:
         progress.close()
-
-
-def _place(given: argparse.Namespace) -> tuple[bool, torch.device]:
-    """Whether a launcher started several processes, and this one's device."""
-    from megayoco.generate.__main__ import choose_device
-    from megayoco.parallel.launch import read_launch, start_distributed
-
-    if read_launch(os.environ).world_size == 1:
-        if given.tensor * given.pipeline > 1:
-            raise UserError(
-                f"--tensor {given.tensor} and --pipeline {given.pipeline} need {given.tensor * given.pipeline}"
-                f" processes, this is one. Start them: deepspeed --num_gpus {given.tensor * given.pipeline} --module"
-                " megayoco.evaluate ..."
-            )
-        return False, choose_device(given.device)
-    if given.device is not None:
-        raise UserError("--device is for a single process: under a launcher each takes its own. Leave it out.")
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    return True, start_distributed()[1]
-
-
-def _load(
-    weights: Weights, dtype: torch.dtype, device: torch.device, given: argparse.Namespace, launched: bool
-) -> InferenceModel:
-    from megayoco.config import ParallelConfig
-    from megayoco.generate.loading import load_weights
-    from megayoco.parallel.topology import build_topology
-
-    if not launched:
-        return load_weights(weights, dtype=dtype, device=device)
-    parallel = ParallelConfig(tensor=given.tensor, pipeline=given.pipeline)
-    return load_weights(weights, dtype=dtype, device=device, topology=build_topology(parallel, weights.model))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if another process ended, 2 for what the user has to change, 130 when interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    rank = None
+    # as torchrun and deepspeed say it: whoever reads all launchers' words needs seconds, and a mistake is told at once
+    rank = os.environ.get("RANK", "0")
     try:
         name, given, options = parse(sys.argv[1:] if arguments is None else arguments)
-        from megayoco.parallel.launch import read_launch
-
-        rank = read_launch(os.environ).rank
         summary = evaluate(name, given, options)
     except UserError as error:
-        if rank in (None, 0):
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        if rank in (None, 0):
+        if rank == "0":
             print("error: interrupted. The same command goes on.", file=sys.stderr, flush=True)
         return 130
     except RuntimeError as error:
@@ -159,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error (rank {rank}): another process has ended; its message says why.", file=sys.stderr, flush=True)
         return 1
-    if rank == 0:
+    if rank == "0":
         width = max(map(len, summary))
         for key, value in summary.items():
             print(f"{key:{width}}  {value:.4f}")

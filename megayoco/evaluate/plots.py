@@ -65,7 +65,8 @@ def _write_numbers(axes: Axes, values: Sequence[Sequence[float]]) -> None:
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             if not math.isnan(value):
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="x-small")
+                color = "black" if 0.15 < value < 0.9 else "white"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="x-small", color=color)
 
 
 def curves(

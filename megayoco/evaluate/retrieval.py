@@ -171,7 +171,7 @@ def depth_name(record: Record) -> str:
     if record["drawn"]:
         tenth = min(int(record["depth"] * TENTHS), TENTHS - 1)
         return f"{100 * tenth // TENTHS}-{100 * (tenth + 1) // TENTHS}"
-    return f"{100 * record['depth']:.4g}"
+    return f"{100 * record['depth']:.3g}"
 
 
 def table(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -208,7 +208,7 @@ def draw(path: Path, name: str, records: Sequence[Record], unit: str) -> None:
         ]
         for count in counts
     }
-    title = f"{name}: {mean(records, 'exact'):.3f} of {len(records):,} answers exact"
+    title = f"{name}: {mean(records, 'exact'):.1%} of {len(records):,} answers exact"
     heat_map(
         path,
         title,

@@ -27,15 +27,15 @@ class Subject:
     """The command line, for the results."""
 
 
-def describe(weights: Weights, dtype: torch.dtype, command: str | None = None) -> Subject:
-    """What is known of weights on disk that run in `dtype`."""
+def describe(weights: Weights, command: str | None = None, **more: str) -> Subject:
+    """What is known of weights on disk, and `more` of how they run."""
     length = weights.facts.get("sequence_length")
     identity = {
         "config": model_config_to_dict(weights.model),
         "facts": weights.facts,
         "norms_sha256": norms_hash(weights),
         "tokenizer_sha256": None if weights.tokenizer is None else weights.tokenizer.identity()["sha256"],
-        "dtype": str(dtype).removeprefix("torch."),
+        **more,
     }
     return Subject(identity, length if isinstance(length, int) else None, command)
 
