@@ -92,6 +92,12 @@ FORMATS = {
 }
 
 
+def check_format(name: str) -> None:
+    """Raises UserError unless `choose_format` finds a format or a file of this name: for before a model is read."""
+    if name not in FORMATS:
+        _read(Path(name))
+
+
 def choose_format(name: str | None, folder: Path, tokenizer: Tokenizer) -> ChatFormat:
     """The format that `--chat-format` names: one of `FORMATS` or the file of a template.
 

@@ -1,5 +1,6 @@
 """python -m megayoco.generate: one real process, everything else in this one."""
 
+import io
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ from megayoco.data.tokenizer import ByteTokenizer
 from megayoco.generate import __main__ as command
 from megayoco.generate.generation import generate
 from megayoco.generate.loading import load_weights
+from megayoco.generate.opening import Placement
+from megayoco.generate.options import parse, placement, sampling
 from megayoco.generate.sampling import GREEDY, Sampling
 from tests.generate.models import MODELS, build, weights
 
@@ -41,10 +44,10 @@ def main(run):
     return call
 
 
-def expected(run, prompt, count, sampling):
+def expected(run, prompt, count, chosen):
     model = load_weights(read_export(run / "export"), dtype=torch.float32)
     tokenizer = ByteTokenizer()
-    tokens = list(generate(model, tokenizer.encode(prompt) or [256], count, sampling, stop=[256], vocab_size=257))
+    tokens = list(generate(model, tokenizer.encode(prompt) or [256], count, chosen, stop=[256], vocab_size=257))
     return tokenizer.decode(tokens), len(tokens)
 
 
@@ -76,6 +79,92 @@ def test_prompt_file_is_not_repeated(run, main, tmp_path, capsys):
     # two states of (2, 16, 16) and (2,); keys and values of 2 heads of 8; the last new token is not in it
     size = 4 * (2 * (2 * 16 * 16 + 2) + (10 + count - 1) * 2 * 2 * 8)
     assert match.groups()[:2] + match.groups()[3:] == ("10", str(count), f"{size:,}")
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """Puts bytes on standard input."""
+
+    def put(raw):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
+
+    return put
+
+
+def test_a_prompt_from_standard_input(run, main, typed, capsys):
+    typed("Zeile é\n".encode())
+    assert main("--prompt-file", "-", "--greedy", "--max-new-tokens", "8") == 0
+    assert capsys.readouterr().out == expected(run, "Zeile é\n", 8, GREEDY)[0] + "\n"
+    typed(b"caf\xe9")
+    assert main("--prompt-file", "-") == 2
+    refused(capsys, "--prompt-file - is not UTF-8 (byte 3)")
+
+
+def test_every_flag_of_the_choice_reaches_it():
+    values = dict(
+        temperature=1.5, top_k=90, top_p=0.97, min_p=0.02, repetition_penalty=1.4, repetition_window=6, seed=8
+    )
+    flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert sampling(parse(["--model", "m", "--prompt", "x", *flags])) == Sampling(**values)
+    assert sampling(parse(["--model", "m", "--prompt", "x"])) == Sampling(temperature=0.8)
+    assert sampling(parse(["--model", "m", "--prompt", "x", "--greedy"])) == GREEDY
+
+
+def test_where_the_model_goes():
+    flags = ["--device", "cpu", "--dtype", "bfloat16", "--tensor", "2", "--pipeline", "3", "--kv-dtype", "fp8"]
+    there = placement(parse(["--model", "m", "--prompt", "x", *flags, "--local_rank=1"]))
+    assert there == Placement(device="cpu", dtype="bfloat16", tensor=2, pipeline=3, storage="fp8")
+    assert placement(parse(["--model", "m", "--prompt", "x"])) == Placement()
+
+
+def test_a_stop_string_ends_the_text(run, main, capsys):
+    text, _ = expected(run, "abc", 60, Sampling(temperature=0.8, seed=2))
+    stop = re.search("[!-~]{2}", text)[0]
+    assert main("--prompt", "abc", "--seed", "2", "--max-new-tokens", "60", "--stop", "never", "--stop", stop) == 0
+    out, err = capsys.readouterr()
+    assert out == f"abc{text[: text.index(stop)]}\n"
+    # no token more than that takes
+    new = int(re.fullmatch(SUMMARY, err)[2])
+    drawn = Sampling(temperature=0.8, seed=2)
+    assert [stop in expected(run, "abc", count, drawn)[0] for count in (new - 1, new)] == [False, True]
+
+
+@pytest.mark.parametrize(("dtype", "bytes_per_number"), [("model", 4), ("int8", 1), ("fp8", 1)])
+def test_the_storage_of_keys_and_values(main, capsys, dtype, bytes_per_number):
+    assert main("--prompt", "abc", "--greedy", "--max-new-tokens", "3", "--kv-dtype", dtype) == 0
+    # the state of the retention stays; keys and values of 2 heads of 8, with a scale of fp32 each where narrow
+    scale = 4 if bytes_per_number == 1 else 0
+    size = 4 * 2 * (2 * 16 * 16 + 2) + 5 * 2 * 2 * (8 * bytes_per_number + scale)
+    assert f"cache {size:,} bytes" in capsys.readouterr().err
+
+
+def test_a_chat_over_standard_input(run, main, typed, capsys):
+    typed(b"hi\n\n/reset\nhi\n/exit\nmore\n")
+    flags = ["--temperature", "1.5", "--seed", "4", "--max-new-tokens", "6"]
+    assert main("--chat", *flags) == 0
+    out, err = capsys.readouterr()
+    answer, _ = expected(run, "User: hi\nAssistant:", 6, Sampling(temperature=1.5, seed=4))
+    assert len(answer) > 3
+    # everything was forgotten: the same again
+    assert out == f"{answer}\n" * 2
+    reports = err.splitlines()
+    assert [report.split(",")[0] for report in reports] == [
+        "read 19 tokens",
+        "everything is forgotten",
+        "read 19 tokens",
+    ]
+
+
+def test_a_text_longer_than_the_training_is_told(tmp_path, main, capsys):
+    facts = {"sequence_length": 12}
+    write_export(tmp_path / "e", MODELS["retention"], weights(build("retention")), ByteTokenizer(), facts=facts)
+    for count, told in ((9, False), (10, True)):
+        assert main("--prompt", "abc", "--max-new-tokens", str(count), "--greedy", model=tmp_path / "e") == 0
+        err = capsys.readouterr().err
+        warning = (
+            "warning: 3 tokens of the prompt and up to 10 new ones exceed the 12 that the model was trained to read"
+        )
+        assert err.startswith(warning) is told, err
 
 
 def test_an_empty_prompt_starts_a_document_and_an_export_serves_as_well(run, main, capsys):
@@ -111,7 +200,7 @@ def test_stops_at_the_end_of_a_document(tmp_path, main, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --prompt --prompt-file is required. See python -m megayoco.generate --help"),
+        ([], "one of the arguments --prompt --prompt-file --chat is required. See python -m megayoco.generate --help"),
         (["--prompt", "x", "--prompt-file", "y"], "not allowed with argument"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0."),
         (["--prompt", "x", "--prefill-chunk", "-1"], "--prefill-chunk must be at least 1, got -1."),
@@ -124,6 +213,16 @@ def test_stops_at_the_end_of_a_document(tmp_path, main, capsys):
         (["--prompt", "x", "--device", "gpu"], "--device gpu is no device of torch"),
         (["--prompt", "x", "--device", "meta"], "--device meta is not supported"),
         (["--prompt", "x", "--device", "cuda:99"], "--device cuda:99: torch sees"),
+        (["--prompt", "x", "--greedy", "--min-p", "0.1"], "leave out --temperature, --top-k, --top-p, --min-p, or"),
+        (["--prompt", "x", "--min-p", "2"], "min_p must be from 0 to 1"),
+        (["--prompt", "x", "--repetition-window", "9"], "repetition_window 9 penalises nothing without a repetition_p"),
+        (["--prompt", "x", "--stop", "a", "--stop", ""], "--stop '' would end every text"),
+        (["--prompt", "x", "--chat"], "not allowed with argument"),
+        (["--prompt", "x", "--chat-format", "plain"], "--chat-format plain says how to chat: give --chat, too"),
+        (["--chat", "--chat-format", "palin"], "chat format palin cannot be read (No such file or directory). Give a"),
+        (["--prompt", "x", "--tensor", "0"], "--tensor must be at least 1, got 0."),
+        (["--prompt", "x", "--tensor", "2"], "--tensor 2 needs as many processes"),
+        (["--prompt", "x", "--kv-dtype", "int4"], "--kv-dtype: invalid choice"),
         (["--prompt-file", "/nowhere/prompt"], "--prompt-file /nowhere/prompt cannot be read: No such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -1,0 +1,153 @@
+"""The command line of generation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from megayoco.errors import UserError
+
+if TYPE_CHECKING:
+    from megayoco.generate.opening import Placement
+    from megayoco.generate.sampling import Sampling
+
+_DRAWING = ("temperature", "top_k", "top_p", "min_p")
+_COUNTS = ("max_new_tokens", "prefill_chunk", "tensor", "pipeline")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See python -m megayoco.generate --help.")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: flags that are unknown, out of range, or contradict each other.
+    """
+    options = _parser().parse_args(arguments)
+    for name in _COUNTS:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")
+    if options.greedy and any(getattr(options, name) is not None for name in _DRAWING):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in _DRAWING)
+        raise UserError(f"--greedy draws nothing: leave out {flags}, or leave out --greedy.")
+    if "" in options.stop:
+        raise UserError("--stop '' would end every text before it begins. Give it a character.")
+    if options.chat_format is not None and not options.chat:
+        raise UserError(f"--chat-format {options.chat_format} says how to chat: give --chat, too, or leave it out.")
+    if options.chat_format is not None:
+        from megayoco.generate.chat_format import check_format
+
+        check_format(options.chat_format)
+    if options.max_new_tokens is None:
+        options.max_new_tokens = 512 if options.chat else 64
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m megayoco.generate",
+        description="Continue a prompt with a trained model, or chat with it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run directory, or the folder of a model")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="repeated before its continuation; '' starts a new document")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="UTF-8 text, - is standard input; only its continuation is written"
+    )
+    prompt.add_argument(
+        "--chat", action="store_true", help="answer turns from the terminal, or the lines of standard input"
+    )
+    parser.add_argument(
+        "--chat-format",
+        metavar="NAME",
+        help="plain, longllama, or the file of a Jinja chat template; the model's template unless told, else plain",
+    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="64 unless told, 512 of each answer in a chat")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends the continuation before this text; can be given several times",
+    )
+    choice = parser.add_argument_group("choice of the next token, in this order")
+    choice.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens rarer that were there before"
+    )
+    choice.add_argument("--repetition-window", type=int, metavar="N", help="penalise those of the last N tokens only")
+    choice.add_argument("--temperature", type=float, metavar="T", help="0.8 unless told; 0 is greedy")
+    choice.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
+    choice.add_argument("--top-p", type=float, metavar="P", help="draw among those that hold this share of probability")
+    choice.add_argument(
+        "--min-p", type=float, metavar="P", help="draw among those at least P times as likely as the first"
+    )
+    choice.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    choice.add_argument("--greedy", action="store_true", help="always the most likely token")
+    place = parser.add_argument_group("the model in memory")
+    place.add_argument("--prefill-chunk", type=int, default=2048, metavar="N", help="prompt tokens read at once: 2048")
+    place.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 on a GPU")
+    place.add_argument(
+        "--kv-dtype",
+        choices=("model", "int8", "fp8"),
+        default="model",
+        help="what the growing keys and values are kept in: --dtype unless told",
+    )
+    place.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1; a GPU where there is one")
+    place.add_argument("--tensor", type=int, metavar="N", help="processes that share each layer: all that are started")
+    place.add_argument("--pipeline", type=int, metavar="N", help="processes that share the stack of layers: 1")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
+    return parser
+
+
+def sampling(options: argparse.Namespace) -> Sampling:
+    """How tokens are chosen. Raises UserError for values out of range."""
+    from megayoco.generate.sampling import Sampling
+
+    return Sampling(
+        temperature=0.0 if options.greedy else 0.8 if options.temperature is None else options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        repetition_window=options.repetition_window,
+        seed=options.seed,
+    )
+
+
+def placement(options: argparse.Namespace) -> Placement:
+    """Where the model goes."""
+    from megayoco.generate.opening import Placement
+
+    return Placement(
+        device=options.device,
+        dtype=options.dtype,
+        tensor=options.tensor,
+        pipeline=options.pipeline or 1,
+        storage=None if options.kv_dtype == "model" else options.kv_dtype,
+    )
+
+
+def read_prompt(options: argparse.Namespace) -> str:
+    """The prompt's text, from the command line, a file or standard input.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    if options.prompt_file is None:
+        return str(options.prompt)
+    try:
+        raw = sys.stdin.buffer.read() if options.prompt_file == "-" else Path(options.prompt_file).read_bytes()
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"--prompt-file {options.prompt_file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompt-file {options.prompt_file} is not UTF-8 (byte {error.start}). Convert it first."
+        ) from error
