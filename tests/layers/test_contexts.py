@@ -187,3 +187,32 @@ def with_gradients(context: Any, leaves: list[Tensor]) -> list[Tensor]:
         return [*context, *map(torch.zeros_like, leaves)]
     gradients = torch.autograd.grad(sum(weighted), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
     return [*context, *gradients]
+
+
+@pytest.mark.parametrize("gate", [3.5, 5.0])
+def test_a_bfloat16_state_does_not_drift_in_4096_decoded_tokens(gate):
+    """Above a gate of 3.45 a decay in bf16 would round to 1 and never fade: outputs would be off by up to 140 %."""
+    model = ModelConfig(dim=128, layers=2, hidden_dim=4, heads=2, vocab_size=4)
+    exact, narrow = (
+        MIXERS["retention"](model, "mixer", Builder(seed=1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)
+    )
+    before, decoded = 1024, 4096
+    x = torch.randn(1, before + decoded, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[..., 0] = 1
+    with torch.no_grad():
+        narrow.gt_proj.weight.zero_()[:, 0] = gate
+        for parameter, source in zip(exact.parameters(), narrow.parameters(), strict=True):
+            parameter.copy_(source)
+        cpu = torch.device("cpu")
+        whole = Positions.of_chunk(0, before + decoded, cpu)
+        expected, state = exact(x.float(), whole, exact.empty_context(1, torch.float32, cpu))
+        _, context = narrow(
+            x[:, :before], Positions.of_chunk(0, before, cpu), narrow.empty_context(1, torch.bfloat16, cpu)
+        )
+        outputs = []
+        for token in range(before, before + decoded):
+            y, context = narrow(x[:, token : token + 1], Positions.of_chunk(token, 1, cpu), context)
+            outputs.append(y)
+    got = torch.cat(outputs, 1).float()
+    assert float((got - expected[:, before:]).norm() / expected[:, before:].norm()) < 0.01
+    assert float((context.state - state.state).norm() / state.state.norm()) < 0.01
