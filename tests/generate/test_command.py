@@ -1,5 +1,6 @@
 """python -m megayoco.generate: one real process, everything else in this one."""
 
+import contextlib
 import io
 import os
 import re
@@ -153,6 +154,44 @@ def test_a_chat_over_standard_input(run, main, typed, capsys):
         "everything is forgotten",
         "read 19 tokens",
     ]
+
+
+def on_a_rank(arguments, raw):
+    """What one rank of several returns and writes; only the first has something on standard input."""
+    first = torch.distributed.get_rank() == 0
+    sys.stdin = io.TextIOWrapper(io.BytesIO(raw if first else b"not to be read\n"))
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = command.main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("flags", "raw"),
+    [
+        (["--prompt", "abc", "--pipeline", "2"], b""),
+        (["--prompt-file", "-"], b"abc"),
+        (["--chat", "--tensor", "2"], b"abc\n/reset\nabc\n"),
+    ],
+    ids=["prompt over stages", "standard input over tensor ranks", "chat"],
+)
+def test_several_processes_write_what_one_does(run, main, typed, capsys, workers, flags, raw):
+    same = ["--seed", "4", "--max-new-tokens", "12", "--temperature", "1.2", "--repetition-penalty", "1.1"]
+    arguments = ["--model", str(run), "--device", "cpu", *flags, *same]
+    (code, out, err), others = workers.run(on_a_rank, arguments, raw, world=2)
+    typed(raw)
+    alone = [flag for flag in flags if flag not in ("--pipeline", "--tensor", "2")]
+    assert main(*alone, *same) == 0
+    assert (code, out) == (0, capsys.readouterr().out)
+    assert ("in the cache" if "--chat" in flags else "prompt 3 tokens") in err
+    assert others == (0, "", "")
+
+
+def test_processes_that_do_not_fit_are_told_once(run, workers):
+    arguments = ["--model", str(run), "--device", "cpu", "--prompt", "x", "--tensor", "1"]
+    first, second = workers.run(on_a_rank, arguments, b"", world=2)
+    message = "2 processes were started, but --tensor 1 x --pipeline 1 = 1 hold the model. Start 1."
+    assert first == (2, "", f"error: {message}\n")
+    assert second == (2, "", "")
 
 
 def test_a_text_longer_than_the_training_is_told(tmp_path, main, capsys):

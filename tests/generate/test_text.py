@@ -1,9 +1,11 @@
-"""Text appears character by character, whatever the tokens cut through."""
+"""Text appears character by character, whatever the tokens cut through, and as a terminal can bear it."""
+
+import io
 
 import pytest
 
 from megayoco.data.tokenizer import ByteTokenizer
-from megayoco.generate.text import TERMINAL_SAFE, TextStream
+from megayoco.generate.text import TERMINAL_SAFE, TextStream, terminal_writer, turn_reader
 
 
 def pieces(tokens):
@@ -29,3 +31,44 @@ def test_control_characters_cannot_reach_a_terminal():
     assert [c for c in shown if not c.isprintable() and c not in "\t\n\xa0\xad"] == []
     assert "\x1b[2J\r".translate(TERMINAL_SAFE) == "␛[2J␍"
     assert "naïve €\n\t".translate(TERMINAL_SAFE) == "naïve €\n\t"
+
+
+class Terminal(io.TextIOWrapper):
+    def __init__(self, raw=b""):
+        super().__init__(io.BytesIO(raw), encoding="ascii")
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("make", "raw"),
+    [(Terminal, "é\u241b?".encode()), (lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"), "é\x1b?".encode())],
+    ids=["terminal", "pipe"],
+)
+def test_text_is_written_as_utf8_and_harmless_to_a_terminal(monkeypatch, make, raw):
+    out = make()
+    monkeypatch.setattr("sys.stdout", out)
+    terminal_writer()("é\x1b\udc80")
+    assert out.buffer.getvalue() == raw
+
+
+def test_turns_from_a_pipe(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xc3\xa9\xff\n\nlast"), encoding="ascii"))
+    read = turn_reader()
+    assert [read() for _ in range(5)] == ["a é\ufffd\n", "\n", "last", None, None]
+
+
+@pytest.mark.parametrize(
+    ("typed", "turn", "told"), [("hi", "hi", ""), (EOFError, None, "\n"), (KeyboardInterrupt, "", "\n/exit or Ctrl-D")]
+)
+def test_turns_from_a_terminal(monkeypatch, capsys, typed, turn, told):
+    def answer(question):
+        if isinstance(typed, str):
+            return typed
+        raise typed
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", answer)
+    assert turn_reader()() == turn
+    assert capsys.readouterr().err.startswith(told)
