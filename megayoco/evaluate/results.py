@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megayoco import __version__
+from megayoco.convert.folder import strangers
 from megayoco.data.files import read_json_object, write_text_atomically
 from megayoco.errors import UserError
 from megayoco.evaluate.subject import Subject
@@ -32,6 +33,7 @@ from megayoco.evaluate.subject import Subject
 SETTINGS, SAMPLES, RESULTS, TABLE = "settings.json", "samples.jsonl", "results.json", "table.csv"
 SPEED_ONLY = ("prefill_chunk",)
 """Options that change no result: they may differ when an evaluation is resumed."""
+_OURS = (SETTINGS, RESULTS, TABLE, "samples*.jsonl", "*.png", "*.tmp-*", ".*.png.*")
 _PACKAGES = ("torch", "numpy", "deepspeed", "megatron-core")
 
 
@@ -43,17 +45,21 @@ def settings_of(name: str, options: Any, subject: Subject, **more: Any) -> dict[
 
 
 def clear(path: Path) -> None:
-    """Delete the results in a folder, for `--overwrite`. Nothing else in it is touched.
+    """Delete the results in a folder, for `--overwrite`.
 
     Raises:
-        UserError: the folder holds something, but no results.
+        UserError: the folder holds no results, or something besides them.
     """
-    if path.is_dir() and any(path.iterdir()):
-        _check_ours(path)
-        # the settings last: without them the rest would be nobody's
-        names = [name for name in os.listdir(path) if name.endswith(".png") or name in (SAMPLES, RESULTS, TABLE)]
-        for name in [*names, SETTINGS]:
-            (path / name).unlink(missing_ok=True)
+    if not path.is_dir() or not (names := os.listdir(path)):
+        return
+    _check_ours(path)
+    if strange := strangers(sorted(names), _OURS):
+        raise UserError(
+            f"--output {path} holds {strange[0]}, which is none of its results. Move it, or name another folder."
+        )
+    # the settings last: without them the rest would be nobody's
+    for name in sorted(names, key=SETTINGS.__eq__):
+        (path / name).unlink()
 
 
 class ResultsFolder:
