@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from megayoco.data.tokenizer import ByteTokenizer, TiktokenTokenizer, write_rank_file
+from megayoco.data.tokenizer import ByteTokenizer, TiktokenTokenizer, build_tokenizer, write_rank_file
+from megayoco.data.tokenizer.export import write_for_transformers
 from megayoco.errors import UserError
 from megayoco.generate.chat import Conversation, converse
 from megayoco.generate.chat_format import FORMATS, ChatFormat, choose_format, template_format
@@ -270,6 +272,19 @@ def test_a_template_writes_special_tokens_and_the_user_does_not(special):
     expected += [*written("ho"), *between, *written("C")]
     assert model.read == expected
     assert conversation.tokens == tuple(expected)
+
+
+def test_transformers_gives_a_conversation_the_same_tokens(special, tmp_path):
+    write_for_transformers(special, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("bos_token", "eos_token"))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
+    answers = [[*written("A b"), 258], [*written("C"), 258], [*written("D"), 258]]
+    found = choose_format(None, tmp_path, tokenizer)
+    conversation, _, model = talk(answers, ["hi", "ho\nho", "ha €"], found, tokenizer=tokenizer)
+    turns = [("user", "hi"), ("assistant", "A b"), ("user", "ho\nho"), ("assistant", "C"), ("user", "ha €")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, add_generation_prompt=True)
+    assert list(conversation.tokens) == model.read == [*theirs["input_ids"], *written("D")]
 
 
 def test_a_template_without_special_tokens_stops_at_the_users_turn(special):
