@@ -6,6 +6,7 @@ from megayoco.config.model import ModelConfig
 from megayoco.config.parallel import ParallelConfig
 from megayoco.config.run import (
     CheckpointConfig,
+    EvaluationConfig,
     LoggingConfig,
     OptimizerConfig,
     PhaseConfig,
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DataSource",
+    "EvaluationConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -16,6 +16,13 @@ from megayoco.config.base import (
     refuse,
 )
 from megayoco.config.data import DataConfig, PhaseDataConfig
+from megayoco.config.evaluation import (
+    HarnessOptions,
+    MultiNeedleOptions,
+    NeedleOptions,
+    PasskeyOptions,
+    PerplexityOptions,
+)
 from megayoco.config.model import ModelConfig
 from megayoco.config.parallel import ParallelConfig
 from megayoco.errors import UserError
@@ -168,6 +175,42 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
+class EvaluationConfig:
+    """What `python -m megayoco.evaluate` does, during the run: a section for each evaluation that is wanted. Results go
+    to `evaluation/` in the run's directory, to the metrics and to TensorBoard."""
+
+    interval: NonNegativeInt = 0
+    """Steps between two evaluations; 0 evaluates only at the end of the run."""
+
+    needle: NeedleOptions | None = None
+    """A number hidden in a text."""
+
+    multi_needle: MultiNeedleOptions | None = None
+    """Several numbers hidden in a text."""
+
+    passkey: PasskeyOptions | None = None
+    """A number hidden in sentences that repeat."""
+
+    perplexity: PerplexityOptions | None = None
+    """Loss by position in long documents."""
+
+    harness: HarnessOptions | None = None
+    """Tasks of lm-evaluation-harness."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluationConfig":
+        if self.interval and not self.wanted():
+            refuse("interval", "has nothing to evaluate: add a section, for example needle: {}")
+        return self
+
+    def wanted(self) -> dict[str, Any]:
+        """The options of each evaluation that is wanted, by its name on the command line."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "interval"]
+        given = {name.replace("_", "-"): getattr(self, name) for name in names}
+        return {name: options for name, options in given.items() if options is not None}
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class CheckpointConfig:
     """When the run is saved."""
 
@@ -222,6 +265,9 @@ class RunConfig:
 
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     """When the validation loss is computed."""
+
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    """What the model is asked during the run."""
 
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """When the run is saved."""

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from megayoco.config import evaluation as config
+from megayoco.data.tokenizer import Tokenizer
 from megayoco.errors import UserError
 
 
@@ -19,7 +20,7 @@ class Evaluation:
     Attributes:
         options: the dataclass of its options.
         module: holds `run(model, tokenizer, options, output=None, progress=None, subject=Subject())`, which returns
-            flat scalars.
+            flat scalars, and `check(tokenizer, options, trained_length)`.
         summary: what it does, in a line.
     """
 
@@ -30,6 +31,10 @@ class Evaluation:
     def load(self) -> Callable[..., dict[str, float]]:
         """Its `run`."""
         return import_module(self.module).run  # type: ignore[no-any-return]
+
+    def check(self, tokenizer: Tokenizer, options: Any, trained_length: int | None) -> None:
+        """Raises the UserError that `run` would for these options, before there is a model."""
+        import_module(self.module).check(tokenizer, options, trained_length)
 
 
 EVALUATIONS = {
@@ -42,6 +47,9 @@ EVALUATIONS = {
     "passkey": Evaluation(config.PasskeyOptions, "megayoco.evaluate.passkey", "find a number in sentences that repeat"),
     "perplexity": Evaluation(
         config.PerplexityOptions, "megayoco.evaluate.perplexity", "loss by position in long documents"
+    ),
+    "harness": Evaluation(
+        config.HarnessOptions, "megayoco.evaluate.harness", "tasks of lm-evaluation-harness, and your own"
     ),
 }
 

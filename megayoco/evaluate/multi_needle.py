@@ -99,6 +99,11 @@ def multi_needle_task(tokenizer: Tokenizer, options: MultiNeedleOptions, trained
     return RetrievalTask("multi-needle", groups, prompts.build, haystack.identity)
 
 
+def check(tokenizer: Tokenizer, options: MultiNeedleOptions, trained_length: int | None) -> None:
+    """Raises the UserError that `run` would."""
+    multi_needle_task(tokenizer, options, trained_length)
+
+
 def run(
     model: InferenceModel,
     tokenizer: Tokenizer,

@@ -108,6 +108,11 @@ def needle_task(tokenizer: Tokenizer, options: NeedleOptions, trained_length: in
     return RetrievalTask("needle", groups, prompts.build, haystack.identity)
 
 
+def check(tokenizer: Tokenizer, options: NeedleOptions, trained_length: int | None) -> None:
+    """Raises the UserError that `run` would."""
+    needle_task(tokenizer, options, trained_length)
+
+
 def run(
     model: InferenceModel,
     tokenizer: Tokenizer,

@@ -102,6 +102,11 @@ def passkey_task(tokenizer: Tokenizer, options: PasskeyOptions, trained_length: 
     return RetrievalTask("passkey", groups, prompts.build, {}, "tokens" if options.characters is None else "characters")
 
 
+def check(tokenizer: Tokenizer, options: PasskeyOptions, trained_length: int | None) -> None:
+    """Raises the UserError that `run` would."""
+    passkey_task(tokenizer, options, trained_length)
+
+
 def run(
     model: InferenceModel,
     tokenizer: Tokenizer,

@@ -26,7 +26,7 @@ from megayoco.config.evaluation import PerplexityOptions
 from megayoco.data.tokenizer import Tokenizer
 from megayoco.errors import UserError
 from megayoco.evaluate.cases import start_tokens
-from megayoco.evaluate.documents import long_documents
+from megayoco.evaluate.documents import Documents, long_documents
 from megayoco.evaluate.plots import curves
 from megayoco.evaluate.progress import Progress
 from megayoco.evaluate.results import ResultsFolder, settings_of
@@ -38,6 +38,11 @@ from megayoco.model.inference import InferenceModel
 logger = logging.getLogger(__name__)
 
 NAME = "perplexity"
+
+
+def check(tokenizer: Tokenizer, options: PerplexityOptions, trained_length: int | None) -> None:
+    """Raises the UserError that `run` would: reads the documents."""
+    _documents(tokenizer, options, wanted_length(options, trained_length), tokenizer.vocab_size)
 
 
 def run(
@@ -68,14 +73,7 @@ def run(
     """
     length = wanted_length(options, subject.trained_length)
     start = start_tokens(options.start_token, tokenizer)
-    documents = long_documents(
-        tokenizer,
-        length + 1 - len(start),
-        options.documents,
-        text=options.text,
-        data=options.data,
-        vocab_size=model.config.vocab_size,
-    )
+    documents = _documents(tokenizer, options, length, model.config.vocab_size)
     notes = _notes(documents.excluded, len(documents.tokens), length, options, subject)
     for note in notes:
         if writes(model):
@@ -100,6 +98,14 @@ def run(
         folder.finish(summary, rows, subject, notes)
         draw(folder.path / "curve.png", rows, len(records), subject.trained_length)
     return summary
+
+
+def _documents(tokenizer: Tokenizer, options: PerplexityOptions, length: int, vocab_size: int) -> Documents:
+    start = start_tokens(options.start_token, tokenizer)
+    needed = length + 1 - len(start)
+    return long_documents(
+        tokenizer, needed, options.documents, text=options.text, data=options.data, vocab_size=vocab_size
+    )
 
 
 def wanted_length(options: PerplexityOptions, trained_length: int | None) -> int:

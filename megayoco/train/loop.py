@@ -9,6 +9,7 @@ from typing import Any
 from megayoco.train import checkpoint
 from megayoco.train.agreement import AgreedError
 from megayoco.train.engine import StepResult
+from megayoco.train.evaluation import Evaluations, evaluation_line, for_tensorboard
 from megayoco.train.exporting import export
 from megayoco.train.metrics import IntervalClock, model_flops_per_step, peak_memory_bytes
 from megayoco.train.phases import Position, learning_rate, phase_label
@@ -24,6 +25,9 @@ class Trainer:
         self._run = session.run
         self._timeline = session.timeline
         self._clock = IntervalClock()
+        self._evaluations = Evaluations(
+            self._run, session.engine, session.tokenizer, session.directory, self._timeline.total_steps
+        )
         self._report = Reporter(
             session.directory,
             self._timeline.total_steps,
@@ -44,6 +48,11 @@ class Trainer:
             self._report.line(line)
         try:
             step = session.step
+            if self._evaluations.due(step) and step and not self._evaluations.is_done(step):
+                # the run was interrupted between the checkpoint and its evaluation
+                phase = self._timeline.position(step - 1).phase
+                session.engine.begin_phase(phase)
+                self._evaluate(step, phase, resuming=True)
             if step == self._timeline.total_steps:
                 self._report.line(f"The run is complete: all {step} steps are done. Make the phases longer to go on.")
             while step < self._timeline.total_steps:
@@ -131,13 +140,15 @@ class Trainer:
             self._clock.reset()
 
     def _after_step(self, step: int, phase: int) -> None:
-        """Validation and checkpoint where they are due."""
+        """Validation, checkpoint and evaluation where they are due."""
         before = time.perf_counter()
         validation, saving = self._run.validation.interval, self._run.checkpoint.interval
         if self._timeline.is_end_of_phase(step) or (validation and step % validation == 0):
             self._validate(step, phase)
         if saving and step % saving == 0 and step < self._timeline.total_steps:
             self._save(step, self._run.checkpoint.export == "every")
+        if self._evaluations.due(step) and step < self._timeline.total_steps:
+            self._evaluate(step, phase)
         self._clock.excluded_seconds += time.perf_counter() - before
 
     def _validate(self, step: int, phase: int) -> None:
@@ -149,6 +160,14 @@ class Trainer:
         self._report.line(f"step {step}  phase {label}  validation loss {loss:.4f}")
         self._report.record({"step": step, "phase": label, "validation_loss": loss})
         self._report.scalars(step, {"validation/loss": loss})
+
+    def _evaluate(self, step: int, phase: int, *, resuming: bool = False) -> None:
+        label = phase_label(self._run.phases, phase)
+        for name, scalars in self._evaluations.evaluate(step, phase, resuming=resuming):
+            self._report.line(f"step {step}  phase {label}  {evaluation_line(name, scalars)}")
+            self._report.record({"step": step, "phase": label, "evaluation": scalars})
+            self._report.scalars(step, for_tensorboard(scalars))
+        self._report.flush()
 
     def _save(self, step: int, exporting: bool) -> None:
         session = self._session
@@ -167,6 +186,7 @@ class Trainer:
     def _finish(self, step: int) -> None:
         done = self._session.plan.checkpoint is not None and self._session.step == step
         exporting = self._run.checkpoint.export != "never"
-        if done and (not exporting or (self._session.directory / "export").exists()):
-            return
-        self._save(step, exporting)
+        if not done or (exporting and not (self._session.directory / "export").exists()):
+            self._save(step, exporting)
+        if not done and self._evaluations.due(step):
+            self._evaluate(step, len(self._run.phases) - 1)

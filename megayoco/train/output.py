@@ -21,7 +21,7 @@ from megayoco.train.report import METRICS_FILE, truncate_metrics
 CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.json"
 _FILES = (CONFIG_FILE, METRICS_FILE, DATA_FILE)
-ENTRIES = (*_FILES, "tensorboard", "checkpoints", "tokenizer", "export")
+ENTRIES = (*_FILES, "tensorboard", "checkpoints", "tokenizer", "export", "evaluation")
 """All that a run writes, and all that --overwrite removes."""
 
 

@@ -37,6 +37,7 @@ from megayoco.train.checkpoint import (
     verify_together,
 )
 from megayoco.train.engine import Engine, engine_config
+from megayoco.train.evaluation import check_evaluations
 from megayoco.train.holdings import restore
 from megayoco.train.memory import MemoryEstimate, check_memory, estimate_memory, resolve_bands
 from megayoco.train.metrics import Peak, find_peak
@@ -92,6 +93,8 @@ class Session:
             self.tokenizer = self._tokenizer()
             if self.plan.checkpoint is not None:
                 check_tokenizer(self.plan.checkpoint, self.tokenizer)
+            step = self.plan.checkpoint.step if self.plan.checkpoint else 0
+            check_evaluations(self.run, self.tokenizer, self.timeline.position(step).phase)
         with all_ranks_agree():
             start = self._starting_weights()
         self.step = self.plan.checkpoint.step if self.plan.checkpoint else 0
