@@ -23,12 +23,11 @@ def flag_of(field: str) -> str:
 def add_flags(parser: argparse.ArgumentParser, options: type[Any]) -> None:
     """One flag per field, named like it; a field's docstring is its help."""
     hints = typing.get_type_hints(options)
-    defaults = options() if not _required(options) else None
     group = parser.add_argument_group("options of the evaluation")
     for field in fields(options):
         text = " ".join(description(options, field.name).replace("`", "").split()).replace("%", "%%")
-        default = getattr(defaults, field.name, None)
-        if default is not None and not isinstance(default, bool) and "Default:" not in text:
+        default = options.__pydantic_fields__[field.name].get_default(call_default_factory=False)
+        if isinstance(default, (int, float, str)) and not isinstance(default, bool) and "Default:" not in text:
             text += f" Default: {default}."
         _add_flag(group, flag_of(field.name), hints[field.name], text)
 
@@ -59,14 +58,6 @@ def options_from(options: type[Options], arguments: argparse.Namespace) -> Optio
     text = context["message"] if problem["type"] == "refused" else problem["msg"][0].lower() + problem["msg"][1:]
     got = "" if problem["type"] == "refused" else f", got {problem['input']}"
     raise UserError(f"{flag_of(field)} {text.removeprefix('input ')}{got}.")
-
-
-def _required(options: type[Any]) -> bool:
-    try:
-        options()
-    except ValidationError:
-        return True
-    return False
 
 
 def _add_flag(group: Any, flag: str, hint: Any, text: str) -> None:
