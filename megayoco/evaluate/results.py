@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megayoco import __version__
 from megayoco.convert.folder import strangers
 from megayoco.data.files import read_json_object, write_text_atomically
@@ -92,7 +94,7 @@ class ResultsFolder:
         return {}
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Keep records, safely on disk. Raises UserError if they cannot be written."""
+        """Keep records. Raises UserError if they cannot be written."""
         if not records:
             return
         try:
@@ -112,7 +114,7 @@ class ResultsFolder:
             "notes": list(notes),
             "command": subject.command,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "system": platform.system()},
+            "machine": machine(),
             "versions": versions(),
         }
         write_text_atomically(self.path / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -163,6 +165,12 @@ def first_difference(there: Any, here: Any, name: str = "") -> str | None:
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def machine() -> dict[str, Any]:
+    """What the evaluation ran on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count(), "gpu": gpu}
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,8 @@ they found after each round. Only the lead of the first replica writes.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from megayoco.model.inference import InferenceModel
 
 Record = dict[str, Any]
 """What was found about one item, JSON-able."""
+SECONDS_BETWEEN_REPORTS = 0.2
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def work_through(
         evaluate: the records of some items of a group, by their keys, in any order, each as soon as it is there.
         folder: where records are kept as they come; those that are in it are not made again. Looked at on the first
             rank only.
-        progress: told after each record, on the first rank.
+        progress: told now and then, and in the end, on the first rank.
         describe: what to say of the records so far.
 
     Raises:
@@ -62,15 +65,20 @@ def work_through(
     costs = {item.key: item.cost for group in groups for item in group}
     done = {key: record for key, record in done.items() if key in costs}
     total = sum(costs.values())
+    told = -math.inf
 
     def keep(records: Sequence[Record]) -> None:
+        nonlocal told
         done.update({record["key"]: record for record in records})
         if folder is not None and writes(model):
             folder.append(records)
-        if progress is not None and writes(model):
-            found = list(done.values())
+        if progress is None or not writes(model):
+            return
+        if time.monotonic() - told >= SECONDS_BETWEEN_REPORTS or len(done) == len(costs):
             counts = f"{len(done):,} of {len(costs):,}"
-            progress(sum(costs[key] for key in done), total, ", ".join(filter(None, (counts, describe(found)))))
+            text = ", ".join(filter(None, (counts, describe(list(done.values())))))
+            progress(sum(costs[key] for key in done), total, text)
+            told = time.monotonic()
 
     keep([])
     left = [keys for group in groups if (keys := [item.key for item in group if item.key not in done])]

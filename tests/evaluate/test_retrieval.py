@@ -2,8 +2,12 @@
 
 import csv
 import json
+import random
+import re
 
+import numpy as np
 import pytest
+import torch
 
 from megayoco.config.evaluation import MultiNeedleOptions, NeedleOptions, PasskeyOptions
 from megayoco.errors import UserError
@@ -169,6 +173,17 @@ def test_prompts_beyond_the_trained_length_are_noted(tmp_path, caplog):
     caplog.clear()
     needle.run(Oracle(), TOKENIZER, options, subject=Subject(trained_length=600))
     assert not caplog.messages
+    options = PasskeyOptions(characters=[300], trials=1)
+    passkey.run(Oracle(), TOKENIZER, options, subject=Subject(trained_length=500))
+    assert re.fullmatch(r"prompts of up to 5\d\d tokens; the model was .* up to 500", caplog.messages[0])
+
+
+def test_random_states_are_left_alone():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002 (the state that others may use)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    needle.run(Oracle(), TOKENIZER, NEEDLE)
+    passkey.run(Oracle(), TOKENIZER, PasskeyOptions(characters=[300], trials=2))
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
 
 
 def record(length, depth, exact, needles=1, drawn=False):
