@@ -232,10 +232,15 @@ def _describe(records: Sequence[Record]) -> str:
 
 
 def _length_note(task: RetrievalTask, subject: Subject) -> list[str]:
-    longest, trained = max(case.length for group in task.groups for case in group), subject.trained_length
-    if trained is None or task.unit != "tokens" or longest <= trained:
+    if subject.trained_length is None:
         return []
-    return [f"prompts of up to {longest:,} tokens; the model was trained on sequences of up to {trained:,}"]
+    case = max((case for group in task.groups for case in group), key=lambda case: case.length)
+    longest = case.length if task.unit == "tokens" else len(task.build([case])[0].tokens)
+    if longest <= subject.trained_length:
+        return []
+    return [
+        f"prompts of up to {longest:,} tokens; the model was trained on sequences of up to {subject.trained_length:,}"
+    ]
 
 
 def _tell(model: InferenceModel, note: str) -> None:
