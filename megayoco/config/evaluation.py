@@ -186,8 +186,8 @@ class HarnessOptions:
     """Tasks of lm-evaluation-harness (lm-eval)."""
 
     tasks: Annotated[list[str], Field(min_length=1)]
-    """Names of tasks, groups or tags, `*` in them stands for anything; those of lm-eval, of `include_path`, or ours:
-    `megayoco_basics` is small and needs no network."""
+    """Names of tasks, groups or tags, apart or with commas; `*` stands for anything. Those of lm-eval, of
+    `include_path`, or ours: `megayoco_basics` is small and needs no network."""
 
     include_path: list[str] | None = None
     """Folders with task files (YAML) of your own."""
@@ -206,9 +206,8 @@ class HarnessOptions:
     Default: nothing is cut off."""
 
     start_token: StartToken = "auto"
-    """What stands before each context: the tokenizer's token for the beginning of a text (`bos`), the one that ends
-    documents (`eod`), or nothing (`none`). `auto`: `bos` where the tokenizer has one. An empty context begins with one
-    in any case."""
+    """What stands before each context, as in the retrieval evaluations; nothing before a chat template with `auto`.
+    lm-eval's own models put `bos` there if their tokenizer does so by itself, else nothing."""
 
     apply_chat_template: bool = False
     """Put each prompt into the tokenizer's chat template."""
