@@ -31,13 +31,14 @@ REQUIRES = [
     'triton>=3.4; python_version >= "3.12" and platform_system == "Linux"',
     "zstandard>=0.23",
 ]
-TEST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3"]
+EVAL = ["lm-eval>=0.4.12"]
+TEST = [*EVAL, "hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3"]
 EXTRAS = {
     "test": TEST,
     "dev": [*TEST, "mypy>=1.15", "ruff>=0.12", "types-PyYAML"],
     "gpu": ["flash-attn>=2.7", "flash-linear-attention>=0.4", "liger-kernel>=0.5"],
     "faiss": ["faiss-cpu>=1.9"],
-    "eval": ["lm-eval>=0.4.8"],
+    "eval": EVAL,
     "mpi": ["mpi4py>=4.0"],
 }
 
@@ -65,7 +66,7 @@ def main() -> None:
         license_files=["LICENSE"],
         python_requires=">=3.10",
         packages=find_packages(include=["megayoco", "megayoco.*"]),
-        package_data={"megayoco": ["py.typed"]},
+        package_data={"megayoco": ["py.typed", "evaluate/tasks/*"]},
         install_requires=REQUIRES,
         extras_require=EXTRAS,
         classifiers=[

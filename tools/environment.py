@@ -31,7 +31,7 @@ OPTIONAL = [  # distribution, module, what this release uses it for
     ("flash-linear-attention", "fla", None),
     ("liger-kernel", "liger_kernel", None),
     ("faiss-cpu", "faiss", None),
-    ("lm-eval", "lm_eval", None),
+    ("lm-eval", "lm_eval", "evaluation on its tasks"),
 ]
 
 
