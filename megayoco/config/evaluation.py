@@ -78,7 +78,7 @@ class NeedleOptions(RetrievalOptions):
 
     haystack: str | None = None
     """The text that hides the needle: a file, a folder or a pattern of what tools/preprocess_data.py reads. Default:
-    the sources of the Python installation."""
+    the sources of Python's standard library."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -106,7 +106,7 @@ class MultiNeedleOptions(RetrievalOptions):
 
     haystack: str | None = None
     """The text that hides the needles: a file, a folder or a pattern of what tools/preprocess_data.py reads. Default:
-    the sources of the Python installation."""
+    the sources of Python's standard library."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)

@@ -30,6 +30,12 @@ def all_documents() -> Iterator[tuple[str, str]]:
     yield from _mixed(list(_files(packages, "packages")))
 
 
+def library_files() -> Iterator[tuple[str, str]]:
+    """(source, text) of the files of the standard library, mixed: the same text in every process of an installation,
+    while the built-in modules document what a process has made of them."""
+    yield from _mixed(list(_files([Path(sysconfig.get_path("stdlib"))], "stdlib")))
+
+
 def read_text(path: Path) -> str:
     """The text of a file, empty if it is not UTF-8 text of a usual size."""
     try:

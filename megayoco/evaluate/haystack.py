@@ -1,4 +1,4 @@
-"""The text that hides needles: lines of files that the user names, or of the Python installation.
+"""The text that hides needles: lines of files that the user names, or of Python's standard library.
 
 It is a ring: what a prompt takes begins at a line drawn for it, and goes on at the first line behind the last. A prompt
 that is longer than the ring reads it again, which `Filler.repeats` tells.
@@ -15,14 +15,13 @@ import numpy as np
 
 from megayoco.data.encode import read_documents
 from megayoco.data.inputs import find_inputs
-from megayoco.data.installation import all_documents
+from megayoco.data.installation import library_files
 from megayoco.data.tokenizer import Tokenizer
 from megayoco.errors import UserError
 
-MAX_BYTES = 1 << 27
-"""Of a haystack that are read: more than any prompt needs."""
-LEAST_BYTES = 1 << 23
-BYTES_PER_TOKEN = 16
+MAX_CHARACTERS = 1 << 27
+"""Of the user's files that are read: more than any prompt needs. Not less for short prompts, whose text would change."""
+LIBRARY_CHARACTERS = 1 << 24
 # with the white space before it; long words, and text without spaces, are cut
 _PIECE = re.compile(r"\s*\S{1,16}")
 
@@ -59,11 +58,19 @@ class Filler:
 class Haystack:
     """Lines of text to draw fillers from.
 
+    Args:
+        name: where the text is from.
+        documents: (place, text) of each.
+        limit: characters after which no further document is read.
+
     Attributes:
         identity: name and hash of the text, for results.
+
+    Raises:
+        UserError: there is no text.
     """
 
-    def __init__(self, name: str, documents: Iterator[tuple[str, str]], limit: int = MAX_BYTES) -> None:
+    def __init__(self, name: str, documents: Iterator[tuple[str, str]], limit: int) -> None:
         self._lines: list[str] = []
         size, digest = 0, hashlib.sha256()
         for _, document in documents:
@@ -78,19 +85,18 @@ class Haystack:
             raise UserError(f"--haystack {name} holds no text. Name files with text, or leave it out.")
 
     @staticmethod
-    def open(source: str | None, longest: int) -> Haystack:
-        """The haystack of an evaluation whose longest prompt has `longest` tokens.
+    def open(source: str | None) -> Haystack:
+        """The haystack that the options name.
 
         Args:
-            source: a file, a folder or a pattern; None: the Python installation's text.
+            source: a file, a folder or a pattern; None: the standard library of Python.
 
         Raises:
             UserError: there is no such file, it cannot be read, or it holds no text.
         """
         if source is None:
-            limit = max(LEAST_BYTES, BYTES_PER_TOKEN * longest)
-            return Haystack("the Python installation", all_documents(), limit)
-        return Haystack(source, read_texts(source, "--haystack"), max(MAX_BYTES, BYTES_PER_TOKEN * longest))
+            return Haystack("the Python standard library", library_files(), LIBRARY_CHARACTERS)
+        return Haystack(source, read_texts(source, "--haystack"), MAX_CHARACTERS)
 
     def filler(self, tokenizer: Tokenizer, rng: random.Random, tokens: int) -> Filler:
         """Text of at least `tokens` tokens from a line on that `rng` draws."""

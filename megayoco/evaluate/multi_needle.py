@@ -82,7 +82,7 @@ class MultiNeedlePrompts:
 def multi_needle_task(tokenizer: Tokenizer, options: MultiNeedleOptions, trained_length: int | None) -> RetrievalTask:
     """The evaluation, checked and ready. Raises UserError for lengths or a haystack that do not serve."""
     lengths = wanted_lengths(options, trained_length)
-    haystack = Haystack.open(options.haystack, lengths[-1])
+    haystack = Haystack.open(options.haystack)
     prompts = MultiNeedlePrompts(tokenizer, options, haystack)
     counts = sorted(set(options.needles))
     prompts.check(lengths[0], counts[-1])

@@ -97,7 +97,7 @@ class NeedlePrompts:
 def needle_task(tokenizer: Tokenizer, options: NeedleOptions, trained_length: int | None) -> RetrievalTask:
     """The evaluation, checked and ready. Raises UserError for lengths or a haystack that do not serve."""
     lengths = wanted_lengths(options, trained_length)
-    haystack = Haystack.open(options.haystack, lengths[-1])
+    haystack = Haystack.open(options.haystack)
     prompts = NeedlePrompts(tokenizer, options, haystack)
     prompts.check(lengths[0])
     groups = [

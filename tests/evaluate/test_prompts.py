@@ -1,6 +1,7 @@
 """The prompts of the retrieval evaluations: their text, their length, where the needles stand."""
 
 import itertools
+import random
 import re
 
 import pytest
@@ -134,8 +135,6 @@ def test_multi_needle_hides_as_many_as_it_says_with_cities_of_their_own(text):
 
 
 def test_places_of_needles_around_the_one_that_is_asked_for():
-    import random
-
     counts = set()
     for seed in range(200):
         places, asked = needle_places(random.Random(seed), 4, 0.6)
@@ -225,10 +224,14 @@ def test_a_haystack_without_spaces_is_cut_too(tmp_path):
 def test_a_haystack_without_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
     with pytest.raises(UserError, match="holds no text"):
-        Haystack.open(str(tmp_path / "empty.txt"), 100)
+        Haystack.open(str(tmp_path / "empty.txt"))
 
 
-def test_the_own_haystack_is_text_of_the_python_installation():
-    haystack = Haystack.open(None, 100)
-    assert haystack.identity["haystack"] == "the Python installation"
-    assert haystack.identity == Haystack.open(None, 200).identity
+def test_the_own_haystack_is_text_of_the_standard_library_the_same_in_every_process(monkeypatch):
+    haystack = Haystack.open(None)
+    assert haystack.identity["haystack"] == "the Python standard library"
+    # whatever this process has made of its built-in modules
+    monkeypatch.setattr("builtins.abs", lambda x: x)
+    assert haystack.identity == Haystack.open(None).identity
+    filler = haystack.filler(BYTES, random.Random(1), 3000)
+    assert 2900 < len(filler.part(0, 3000)) <= 3001 and filler.part(0, 3000) == filler.part(0, 3000)

@@ -26,7 +26,7 @@ def text(tmp_path_factory, monkeypatch):
     from megayoco.evaluate import haystack
 
     monkeypatch.setattr(
-        haystack, "all_documents", lambda: iter([("a", f"line {i} says little\n" * 3) for i in range(99)])
+        haystack, "library_files", lambda: iter([("a", f"line {i} says little\n" * 3) for i in range(99)])
     )
 
 
