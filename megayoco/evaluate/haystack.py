@@ -20,7 +20,7 @@ from megayoco.data.tokenizer import Tokenizer
 from megayoco.errors import UserError
 
 MAX_CHARACTERS = 1 << 27
-"""Of the user's files that are read: more than any prompt needs. Not less for short prompts, whose text would change."""
+"""Of the user's files that are read: more than a prompt needs, and as much for short ones, whose text would change."""
 LIBRARY_CHARACTERS = 1 << 24
 # with the white space before it; long words, and text without spaces, are cut
 _PIECE = re.compile(r"\s*\S{1,16}")
