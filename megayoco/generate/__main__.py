@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(options, chosen, prompt)
     except UserError as error:
-        from megayoco.train.agreement import AgreedError
+        from megayoco.parallel.agreement import AgreedError
 
         if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)

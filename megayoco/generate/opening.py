@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from megayoco.convert.weights import Weights
     from megayoco.model.inference import InferenceModel
+    from megayoco.parallel.launch import Launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,9 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
 
     launch = read_launch(os.environ)
     if launch.world_size == 1:
-        return _open_alone(path, placement)
+        return _open_alone(path, placement, launch)
+    from megayoco.parallel.agreement import all_ranks_agree
     from megayoco.parallel.launch import start_distributed
-    from megayoco.train.agreement import all_ranks_agree
 
     if placement.device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {placement.device}: several processes take one GPU each. Say cpu or cuda.")
@@ -91,7 +92,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
     return Opened(model, tokenizer, weights.facts, launch.rank, weights)
 
 
-def _open_alone(path: str | os.PathLike[str], placement: Placement) -> Opened:
+def _open_alone(path: str | os.PathLike[str], placement: Placement, launch: Launch) -> Opened:
     for name in ("tensor", "pipeline"):
         if (getattr(placement, name) or 1) > 1:
             raise UserError(
@@ -100,8 +101,13 @@ def _open_alone(path: str | os.PathLike[str], placement: Placement) -> Opened:
     device = choose_device(placement.device)
     weights, tokenizer = read_model(path)
     # slow: the layers bring megatron-core along. This package first, which keeps it quiet.
+    import torch
+
     import megayoco.parallel  # noqa: F401
     from megayoco.generate.loading import load_weights
+    from megayoco.parallel.launch import thread_count
+
+    torch.set_num_threads(thread_count(launch, os.environ))
 
     dtype = _dtype(placement.dtype, device)
     model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage)

@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parse(arguments)
     rank: int | None = None
     # late imports: the help text needs neither torch nor seconds
+    from megayoco.parallel.agreement import AgreedError
     from megayoco.parallel.launch import read_launch, start_distributed
-    from megayoco.train.agreement import AgreedError
 
     try:
         rank = read_launch(os.environ).rank

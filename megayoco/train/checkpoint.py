@@ -43,8 +43,8 @@ from megayoco.convert.training import TrainingState
 from megayoco.data.cache import FORMAT as ORDER_FORMAT
 from megayoco.dsconfig import precision
 from megayoco.errors import UserError
+from megayoco.parallel.agreement import all_ranks_agree, barrier
 from megayoco.parallel.topology import Topology
-from megayoco.train.agreement import all_ranks_agree, barrier
 from megayoco.train.engine import Engine
 from megayoco.train.holdings import layout_of, restore
 from megayoco.train.phases import Timeline, trained_model, training_facts

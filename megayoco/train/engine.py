@@ -22,10 +22,10 @@ from megayoco.data.batches import IGNORE, MicroBatch, ValidationBatches
 from megayoco.dsconfig import precision
 from megayoco.model.decoder import build_decoder
 from megayoco.model.pipeline import build_pipeline
+from megayoco.parallel.agreement import AgreedError
 from megayoco.parallel.sequence import own_chunks
 from megayoco.parallel.topology import Topology
 from megayoco.traffic import TRAFFIC
-from megayoco.train.agreement import AgreedError
 from megayoco.train.optimizer import NormAndClip, build_optimizer, parameter_groups, reset_state
 
 

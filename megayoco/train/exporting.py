@@ -16,7 +16,7 @@ from torch import Tensor
 from megayoco.config import RunConfig
 from megayoco.convert.export import tensor_shapes, write_export
 from megayoco.model.parameters import Gatherer, canonical_parameters, shards_of
-from megayoco.train.agreement import all_ranks_agree
+from megayoco.parallel.agreement import all_ranks_agree
 from megayoco.train.engine import Engine
 from megayoco.train.phases import trained_model, training_facts
 

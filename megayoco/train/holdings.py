@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from megayoco.convert.training import KINDS, TrainingState
 from megayoco.errors import UserError
+from megayoco.parallel.agreement import all_ranks_agree
 from megayoco.parallel.shards import name_of, shard_of
-from megayoco.train.agreement import all_ranks_agree
 from megayoco.train.engine import Engine
 from megayoco.train.starting import StartingState
 

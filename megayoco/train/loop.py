@@ -6,8 +6,8 @@ import math
 import time
 from typing import Any
 
+from megayoco.parallel.agreement import AgreedError
 from megayoco.train import checkpoint
-from megayoco.train.agreement import AgreedError
 from megayoco.train.engine import StepResult
 from megayoco.train.evaluation import Evaluations, evaluation_line, for_tensorboard
 from megayoco.train.exporting import export

@@ -23,9 +23,9 @@ from megayoco.dsconfig import load_deepspeed_config, precision
 from megayoco.errors import UserError
 from megayoco.model.parameters import count_parameters
 from megayoco.ops.backends import describe_backends
+from megayoco.parallel.agreement import all_ranks_agree, barrier
 from megayoco.parallel.launch import Launch
 from megayoco.parallel.topology import Topology, build_topology
-from megayoco.train.agreement import all_ranks_agree, barrier
 from megayoco.train.checkpoint import (
     check_resumable,
     check_tokenizer,

@@ -6,7 +6,7 @@ from megayoco.config import DataConfig
 from megayoco.data.batches import Batches
 from megayoco.data.datasets import build_datasets
 from megayoco.errors import UserError
-from megayoco.train.agreement import all_ranks_agree
+from megayoco.parallel.agreement import all_ranks_agree
 
 
 def build(train, cache_dir):
