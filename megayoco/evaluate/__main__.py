@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from megayoco.data.command import positive_int
 from megayoco.errors import UserError
 from megayoco.evaluate.evaluations import EVALUATIONS, Evaluation, find_evaluation
-from megayoco.evaluate.flags import add_flags, options_from
+from megayoco.evaluate.flags import add_flags, flag_of, options_from
 
 PROGRAM = "python -m megayoco.evaluate"
 
@@ -77,8 +77,16 @@ def _parser(name: str, evaluation: Evaluation) -> argparse.ArgumentParser:
 
 def evaluate(name: str, given: argparse.Namespace, options: Any) -> dict[str, float]:
     """Open the model, run the evaluation. Collective."""
+    from megayoco.evaluate.haystack import check_source
+    from megayoco.evaluate.results import check, clear
     from megayoco.generate.opening import Placement, open_model
 
+    # before the model, which may take minutes
+    output = Path(given.output)
+    check(output, given.overwrite)
+    for field in ("haystack", "text"):
+        if getattr(options, field, None) is not None:
+            check_source(getattr(options, field), flag_of(field))
     storage = None if given.kv_dtype == "model" else given.kv_dtype
     opened = open_model(
         given.model,
@@ -93,11 +101,9 @@ def evaluate(name: str, given: argparse.Namespace, options: Any) -> dict[str, fl
     )
     # these after torch, which takes seconds: a wrong path is told before
     from megayoco.evaluate.progress import ConsoleProgress
-    from megayoco.evaluate.results import clear
     from megayoco.evaluate.subject import describe
     from megayoco.evaluate.work import first_rank_does
 
-    output = Path(given.output)
     if given.overwrite:
         first_rank_does(lambda: clear(output))
     dtype = str(opened.model.dtype).removeprefix("torch.")

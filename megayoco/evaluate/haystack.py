@@ -10,6 +10,7 @@ import hashlib
 import random
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -132,7 +133,19 @@ def read_texts(source: str, flag: str) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    try:
+    with _called(flag):
         yield from read_documents(find_inputs([source]).sources, ["text"])
+
+
+def check_source(source: str, flag: str) -> None:
+    """Raises the UserError of `read_texts` for files that are not there, without reading them."""
+    with _called(flag):
+        find_inputs([source])
+
+
+@contextmanager
+def _called(flag: str) -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         raise UserError(str(error).replace("--input", flag)) from error

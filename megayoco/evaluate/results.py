@@ -24,8 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megayoco import __version__
 from megayoco.convert.folder import strangers
 from megayoco.data.files import read_json_object, write_text_atomically
@@ -46,21 +44,34 @@ def settings_of(name: str, options: Any, subject: Subject, **more: Any) -> dict[
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]  # as it will be read back
 
 
-def clear(path: Path) -> None:
-    """Delete the results in a folder, for `--overwrite`.
+def check(path: Path, overwrite: bool) -> None:
+    """Look at a folder before the work begins.
+
+    Args:
+        path: the folder, which need not exist.
+        overwrite: whether the results in it are to be deleted.
 
     Raises:
-        UserError: the folder holds no results, or something besides them.
+        UserError: it is a file, or holds no results, or something besides them that would be in the way.
     """
-    if not path.is_dir() or not (names := os.listdir(path)):
+    if not path.exists():
         return
-    _check_ours(path)
-    if strange := strangers(sorted(names), _OURS):
+    if not path.is_dir():
+        raise UserError(f"--output {path} is a file. Name a folder.")
+    names = sorted(os.listdir(path))
+    if names and SETTINGS not in names:
+        raise UserError(f"--output {path} is not empty and holds no results of an evaluation. Name another folder.")
+    if overwrite and (strange := strangers(names, _OURS)):
         raise UserError(
             f"--output {path} holds {strange[0]}, which is none of its results. Move it, or name another folder."
         )
+
+
+def clear(path: Path) -> None:
+    """Delete the results in a folder, for `--overwrite`. Raises UserError as `check` does."""
+    check(path, overwrite=True)
     # the settings last: without them the rest would be nobody's
-    for name in sorted(names, key=SETTINGS.__eq__):
+    for name in sorted(os.listdir(path) if path.exists() else [], key=SETTINGS.__eq__):
         (path / name).unlink()
 
 
@@ -82,12 +93,12 @@ class ResultsFolder:
         Raises:
             UserError: it holds other results, or something else, or cannot be written.
         """
+        check(self.path, overwrite=False)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output {self.path} cannot be made: {error.strerror}. Name another folder.") from error
         if any(self.path.iterdir()):
-            _check_ours(self.path)
             self._check_settings()
             return self._read()
         write_text_atomically(self.path / SETTINGS, json.dumps(self._settings, indent=2) + "\n")
@@ -146,11 +157,6 @@ class ResultsFolder:
         return records
 
 
-def _check_ours(path: Path) -> None:
-    if not (path / SETTINGS).is_file():
-        raise UserError(f"--output {path} is not empty and holds no results of an evaluation. Name another folder.")
-
-
 def first_difference(there: Any, here: Any, name: str = "") -> str | None:
     """Where two JSON values differ first, in words; None if they are equal."""
     if isinstance(there, dict) and isinstance(here, dict):
@@ -169,6 +175,8 @@ def _shown(value: Any) -> str:
 
 def machine() -> dict[str, Any]:
     """What the evaluation ran on."""
+    import torch  # late: this file serves the command line before anything slow
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count(), "gpu": gpu}
 

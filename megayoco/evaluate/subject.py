@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megayoco.config import model_config_to_dict
 
 if TYPE_CHECKING:
@@ -45,6 +43,6 @@ def norms_hash(weights: Weights) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights.tensors):
         if len(weights.tensors.shape(name)) == 1:
-            values = weights.tensors[name].detach().to("cpu", torch.float64)
+            values = weights.tensors[name].detach().cpu().double()
             digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()

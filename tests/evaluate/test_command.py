@@ -137,6 +137,9 @@ def test_overwrite_begins_again_and_deletes_only_its_own(main, haystack, tmp_pat
         (["perplexity", "--model", "m", "--output", "o"], "--text or data names the documents: give exactly one"),
         (["needle", "--model", "m", "--output", "o", "--tensor", "0"], "--tensor: must be an integer above 0"),
         (["needle", "--model", "/nowhere", "--output", "o"], "--model /nowhere does not exist"),
+        (["needle", "--model", "/nowhere", "--output", __file__], "test_command.py is a file. Name a folder."),
+        (["needle", "--model", "/nowhere", "--output", "o", "--haystack", "/no/x"], "--haystack /no/x: no such file"),
+        (["perplexity", "--model", "/nowhere", "--output", "o", "--text", "/no/x"], "--text /no/x: no such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
