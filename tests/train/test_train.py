@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from megayoco.data.indexed_writer import IndexedWriter
@@ -63,14 +64,17 @@ class Result:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def frozen_libraries():
-    """ZeRO 3 collects garbage at every start, a million objects of the libraries among it: out of its way."""
+def quick_starts():
+    """At every start, ZeRO 3 collects garbage, a million objects of the libraries to walk, and formats every parameter
+    for a log that is off."""
     import megayoco.train.loop
     import megayoco.train.session  # noqa: F401
 
     gc.collect()
     gc.freeze()
+    torch.set_printoptions(threshold=0, edgeitems=1)
     yield
+    torch.set_printoptions(profile="default")
     gc.unfreeze()
 
 
