@@ -4,6 +4,8 @@ import functools
 import gc
 
 import deepspeed  # noqa: F401
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
 import numpy.ma  # noqa: F401
 import torch  # noqa: F401
 
