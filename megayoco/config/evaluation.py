@@ -226,3 +226,10 @@ class HarnessOptions:
 
     prefill_chunk: PositiveInt = 2048
     """Tokens of a request that are read at once."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "HarnessOptions":
+        for part in (self.gen_kwargs or "").split(","):
+            if part and not all(part.partition("=")):
+                refuse("gen_kwargs", f"has {part!r}, which is no name=value. Write temperature=0.7,max_gen_toks=64")
+        return self

@@ -214,6 +214,12 @@ def test_wrong_options_are_told_before_there_is_a_model(options, message):
         harness.check(TOKENIZER, HarnessOptions(**{"tasks": ["megayoco_facts"], **options}))
 
 
+def test_generation_arguments_are_names_with_values(capsys):
+    arguments = ["harness", "--model", "none", "--output", "none", "--tasks", "megayoco_facts"]
+    assert command.main([*arguments, "--gen-kwargs", "temperature=0.7,greedy"]) == 2
+    assert "error: --gen-kwargs has 'greedy', which is no name=value" in capsys.readouterr().err
+
+
 def test_an_unknown_task_is_told_with_those_that_are_near(monkeypatch):
     from megayoco.evaluate import harness_tasks
 
