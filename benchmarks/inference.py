@@ -17,7 +17,8 @@ found equal. All tokens of a prompt but the last are read without logits, by our
     peak            bytes that reading the prompt and a few steps add to weights and libraries
 
 Time: in one process, round after round in an order that turns, so that whatever else the machine does hits all alike;
-medians, quartiles, and medians of the per-round ratios. Every round of decoding starts behind the same prompt.
+medians, quartiles, and medians of the per-round ratios. Every round of decoding starts behind the same prompt. On a
+machine that others use as well, --clock cpu with --threads 1 counts the seconds that the one thread computes.
 Memory: each point in a fresh process; on a CPU the growth of the resident set to its peak (VmHWM), freed blocks given
 back at once, on a GPU what torch allocates. --longest: one prompt of YOCO alone; its `resident` is the peak of the
 whole process, Python, libraries and weights included.
@@ -61,6 +62,7 @@ TARGETS = {
 }
 MEMORY_STEPS = 8
 """New tokens of a memory measurement."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WARM_UP = 300
 """Tokens that load kernels and libraries."""
 LOGITS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -84,6 +86,9 @@ def main() -> None:
     add("--device", default="cpu", help="cpu, cuda or cuda:1")
     add("--dtype", default="float32", choices=list(LOGITS_TOLERANCE))
     add("--threads", type=int, default=os.cpu_count())
+    add(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: seconds of one thread, while others use the machine"
+    )
     add("--output", type=Path, help="write the result as JSON, and the curves as PNG beside it, after every length")
     add("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -92,8 +97,8 @@ def main() -> None:
         job = options.job
         print(json.dumps(memory_of(job["subject"], job["length"], job["request"], Setting(**job["setting"]))))
         return
-    if options.rounds < 2 or options.new_tokens < 2:
-        parser.error("--rounds and --new-tokens must be at least 2")
+    if options.rounds < 1 or options.new_tokens < 2:
+        parser.error("--rounds must be at least 1, --new-tokens 2")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch sees no GPU here. Say --device cpu.")
     setting = Setting(
@@ -104,7 +109,10 @@ def main() -> None:
         dtype=options.dtype,
         chunk=options.chunk,
         transformers_chunk=options.transformers_chunk,
+        clock=options.clock,
     )
+    if options.clock == "cpu" and (options.threads > 1 or options.device != "cpu"):
+        parser.error("--clock cpu counts what one thread computes: it needs --threads 1 and --device cpu")
     shortest = max(WARM_UP, config_of(YOCO[1], setting).window or 0)
     if too_short := [length for length in (*options.lengths, options.longest) if 0 < length < shortest]:
         parser.error(f"a prompt of {too_short[0]} tokens is too short: here at least {shortest}")
@@ -193,18 +201,14 @@ def compare(subjects: dict[str, Subject], length: int, setting: Setting, options
         more, _ = timed(setting, lambda: subjects[name].next(tokens[-1], subjects[name].branch(memories[name])))
         prefills[name].append(seconds)
         firsts[name].append(seconds + more)
+        print(f"{length:,} tokens, {name}: read in {seconds:.2f} s", flush=True)
 
     def decode(name: str) -> None:
         subject = subjects[name]
         # the first step may copy the prompt's memory, which another round will want
         token, memory = subject.next(tokens[-1], subject.branch(memories[name]))
-
-        def run() -> None:
-            nonlocal token, memory
-            for _ in range(options.new_tokens - 1):
-                token, memory = subject.next(token, memory)
-
-        steps[name].append(timed(setting, run)[0] / (options.new_tokens - 1))
+        seconds, _ = timed(setting, lambda: follow(subject, token, memory, options.new_tokens - 1))
+        steps[name].append(seconds / (options.new_tokens - 1))
 
     in_turns(list(subjects), read, options)
     in_turns(list(subjects), decode, options)
@@ -214,15 +218,15 @@ def compare(subjects: dict[str, Subject], length: int, setting: Setting, options
     for name in subjects:
         first, step = statistics.median(firsts[name]), statistics.median(steps[name])
         points[name] = {
-            "prefill_seconds": summary(prefills[name]),
-            "first_token_seconds": summary(firsts[name]),
-            "decode_tokens_per_second": summary([1 / seconds for seconds in steps[name]]),
+            "prefill_seconds": spread(prefills[name]),
+            "first_token_seconds": spread(firsts[name]),
+            "decode_tokens_per_second": spread([1 / seconds for seconds in steps[name]]),
             "request_tokens_per_second": request_rate(options.request, first, step),
             "cache_bytes": cached[name],
             "cache_bytes_by_formula": cache_by_formula(name, length - 1, setting),
             "peak_bytes": in_fresh_process(name, length, setting, options)["peak_bytes"],
         }
-        print(f"{length:,} tokens, {name}: {points[name]}", flush=True)
+        print(f"{length:,} tokens, {name}: {line_of(points[name])}", flush=True)
     ratios = {
         f"{other} / {name}": {
             "prefill": median_ratio(prefills[other], prefills[name]),
@@ -241,6 +245,13 @@ def compare(subjects: dict[str, Subject], length: int, setting: Setting, options
     rounds = {"prefill": len(prefills[LLAMA]), "decode": len(steps[LLAMA]), "new tokens": options.new_tokens}
     rounded = {pair: {what: round(value, 3) for what, value in row.items()} for pair, row in ratios.items()}
     return {"rounds": rounds, "request tokens": options.request, "points": points, "ratios": rounded}
+
+
+def follow(subject: Subject, token: int, memory: Any, count: int) -> tuple[int, Any]:
+    """So many steps."""
+    for _ in range(count):
+        token, memory = subject.next(token, memory)
+    return token, memory
 
 
 def request_rate(tokens: int, first: float, step: float) -> float:
@@ -262,14 +273,19 @@ def in_turns(names: list[str], run: Callable[[str], None], options: argparse.Nam
 def timed(setting: Setting, action: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds until the device is done, and what came of it."""
     gc.collect()
-    on_gpu = setting.device.startswith("cuda")
+    on_gpu, now = setting.device.startswith("cuda"), CLOCKS[setting.clock]
     if on_gpu:
         torch.cuda.synchronize(setting.device)
-    start = time.perf_counter()
+    start = now()
     made = action()
     if on_gpu:
         torch.cuda.synchronize(setting.device)
-    return time.perf_counter() - start, made
+    return now() - start, made
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles and extremes; of a single round only itself."""
+    return summary(values) if len(values) > 1 else {"median": round(values[0], 4)}
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:
@@ -292,10 +308,8 @@ def memory_of(name: str, length: int, request: int, setting: Setting) -> dict[st
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     prefill_seconds, memory = timed(setting, lambda: subject.read(tokens[:-1], length + MEMORY_STEPS))
     first, (token, memory) = timed(setting, lambda: subject.next(tokens[-1], memory))
-    start = time.perf_counter()
-    for _ in range(MEMORY_STEPS - 1):
-        token, memory = subject.next(token, memory)
-    step = (time.perf_counter() - start) / (MEMORY_STEPS - 1)
+    seconds, (_, memory) = timed(setting, lambda: follow(subject, token, memory, MEMORY_STEPS - 1))
+    step = seconds / (MEMORY_STEPS - 1)
     peak = torch.cuda.max_memory_allocated(setting.device) if on_gpu else resident("VmHWM")
     return {
         "peak_bytes": peak - before,
@@ -366,6 +380,16 @@ def middle(value: Any) -> float:
     return float(value["median"] if isinstance(value, dict) else value)
 
 
+def line_of(point: dict[str, Any]) -> str:
+    """A point in words."""
+    return (
+        f"prefill {middle(point['prefill_seconds']):.2f} s, first token {middle(point['first_token_seconds']):.2f} s,"
+        f" decode {middle(point['decode_tokens_per_second']):.1f} tokens/s,"
+        f" request {point['request_tokens_per_second']:.2f} tokens/s,"
+        f" cache {point['cache_bytes'] / 2**20:.1f} MiB, peak {point['peak_bytes'] / 2**20:.1f} MiB"
+    )
+
+
 def report(result: dict[str, Any]) -> None:
     """The result as text, beside the targets."""
     print(f"\n{result['setting']}")
@@ -373,17 +397,12 @@ def report(result: dict[str, Any]) -> None:
         print(f"{name:22} cache {formula['bytes_per_token']:,} bytes per token, {formula['constant_bytes']:,} constant")
     for length, found in result["lengths"].items():
         for name, point in found["points"].items():
-            decode = middle(point["decode_tokens_per_second"])
-            print(
-                f"{int(length):>9,} {name:22} prefill {middle(point['prefill_seconds']):8.2f} s,"
-                f" first token {middle(point['first_token_seconds']):8.2f} s, decode {decode:7.1f} tokens/s, request"
-                f" {point['request_tokens_per_second']:7.2f} tokens/s, cache {point['cache_bytes'] / 2**20:7.1f} MiB,"
-                f" peak {point['peak_bytes'] / 2**20:7.1f} MiB"
-            )
+            print(f"{int(length):>9,} {name:22} {line_of(point)}")
         for pair, ratios in found["ratios"].items():
             print(f"{int(length):>9,} {pair:42} " + ", ".join(f"{what} {value:.2f}" for what, value in ratios.items()))
     for name, point in result["longest"].get("points", {}).items():
-        print(f"{result['longest']['tokens']:,} tokens, {name}: {point}")
+        whole = f"whole process {point['resident_bytes'] / 2**20:,.0f} MiB"
+        print(f"{result['longest']['tokens']:>9,} {name:22} {line_of(point)}, {whole}")
     print(f"targets: {TARGETS}")
 
 

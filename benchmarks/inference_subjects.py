@@ -38,6 +38,8 @@ class Setting:
     """Prompt tokens per call of ours."""
     transformers_chunk: int
     """Prompt tokens per call of transformers; 0: all in one."""
+    clock: str = "wall"
+    """`wall`, or `cpu` for the seconds that the process computes."""
 
 
 class Subject(Protocol):

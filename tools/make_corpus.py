@@ -5,7 +5,7 @@
 
 Documents are the sources and text files of the standard library and the documentation strings of the built-in modules,
 then, if that is not enough, the same files of the installed packages. One JSON object per line: text and source. Each
-of the two groups is shuffled with a fixed seed, so any prefix is mixed, and one installation always gives one corpus.
+of the two groups is shuffled with a fixed seed, so any prefix is mixed, and one installation gives one corpus.
 """
 
 import argparse

@@ -213,7 +213,9 @@ def fit(plan: Plan, tokens: int, filler: str, begin: int, tokenizer: Tokenizer) 
     bare = count()
     if bare > tokens:
         return None
-    text = (filler[begin:] + filler)[: 16 * tokens]
+    text = filler[begin : begin + 16 * tokens]  # more than one token ever spans
+    if len(text) < 16 * tokens:  # the input is a ring
+        text += filler * (16 * tokens // len(filler) + 1)
     end = 2 * (tokens - bare)
     for _ in range(3):
         end = min(end, len(text))

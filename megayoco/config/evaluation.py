@@ -186,8 +186,8 @@ class HarnessOptions:
     """Tasks of lm-evaluation-harness (lm-eval)."""
 
     tasks: Annotated[list[str], Field(min_length=1)]
-    """Names of tasks, groups or tags, apart or with commas; `*` stands for anything. Those of lm-eval, of
-    `include_path`, or ours: `megayoco_basics` is small and needs no network."""
+    """Names of tasks, groups or tags, apart or with commas; `*` stands for anything. Looked for in `include_path` and
+    among ours (`megayoco_basics` is small and needs no network), then among lm-eval's."""
 
     include_path: list[str] | None = None
     """Folders with task files (YAML) of your own."""
@@ -226,3 +226,10 @@ class HarnessOptions:
 
     prefill_chunk: PositiveInt = 2048
     """Tokens of a request that are read at once."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "HarnessOptions":
+        for part in (self.gen_kwargs or "").split(","):
+            if part and not all(part.partition("=")):
+                refuse("gen_kwargs", f"has {part!r}, which is no name=value. Write temperature=0.7,max_gen_toks=64")
+        return self

@@ -2,7 +2,8 @@
 
 Documents are the sources and text files of the standard library and the documentation strings of the built-in modules,
 then the same files of the installed packages. Each of the two groups is shuffled with a fixed seed, so any prefix is
-mixed, and one installation always gives the same documents in the same order.
+mixed, and one installation gives the same documents in the same order, up to what a process has made of its built-in
+modules.
 """
 
 import importlib

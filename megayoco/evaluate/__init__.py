@@ -7,6 +7,7 @@
     perplexity.py    loss by position; documents.py: the documents it reads
     harness.py       lm-evaluation-harness
     work.py          items over replicas, resumed after an interruption
+    subject.py       what is known of the model
     results.py       the folder of results; plots.py: its pictures
     flags.py, __main__.py    the command line
 

@@ -210,7 +210,8 @@ def _write(
     ours = {**settings, "summary": summary, "notes": notes, "command": subject.command, "versions": versions()}
     whole = {key: value for key, value in results.items() if key != "samples"}
     for task, samples in results.get("samples", {}).items():
-        write_text_atomically(path / f"samples_{task}.jsonl", "".join(as_json(sample, None) for sample in samples))
+        name = f"samples_{task.replace(os.sep, '_')}.jsonl"
+        write_text_atomically(path / name, "".join(as_json(sample, None) for sample in samples))
     write_text_atomically(path / TABLE, as_csv(rows(results)))
     write_text_atomically(path / RESULTS, as_json({**whole, "megayoco": ours}, 2))
 

@@ -6,6 +6,7 @@ Importing this module imports lm-eval, which takes seconds: harness.py does it w
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import tempfile
 from collections import Counter
@@ -51,10 +52,13 @@ def load_tasks(options: HarnessOptions, tokenizer: Tokenizer) -> Tasks:
     with tempfile.TemporaryDirectory() as place:
         metadata = _with_tokenizer(_metadata(options.metadata), tokenizer, Path(place))
         manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-        if set(wanted) - {*manager.all_subtasks, *manager.all_tags}:
+        found = {one: manager.match_tasks([one]) for one in wanted}
+        ours = {*manager.all_subtasks, *manager.all_tags}
+        if not all(names and ours.issuperset(names) for names in found.values()):
             # reads ten thousand files, which takes seconds
             manager = TaskManager(include_path=folders, metadata=metadata)
-        names = dict.fromkeys(name for one in wanted for name in _matching(one, manager))
+            found = {one: names or _matching(one, manager) for one, names in found.items()}
+        names = dict.fromkeys(itertools.chain.from_iterable(map(sorted, found.values())))
         roots = _distinct({name: _load(name, manager) for name in names})
     documents: Counter[str] = Counter()
     for root in roots:
@@ -79,13 +83,13 @@ def _metadata(text: str | None) -> dict[str, Any]:
 
 
 def _matching(wanted: str, manager: TaskManager) -> list[str]:
-    """Names of tasks, groups and tags; the wanted one, or those that its pattern fits."""
-    found = [wanted] if wanted in manager.task_index else manager.match_tasks([wanted])
+    """Names of tasks, groups and tags: the wanted one, or those that its pattern fits."""
+    found = manager.match_tasks([wanted])
     if not found:
         near = difflib.get_close_matches(wanted, manager.all_tasks, 3)
         meant = f"Did you mean {' or '.join(near)}?" if near else "megayoco_basics is one that is always there."
         raise UserError(f"lm-eval has no task {wanted!r}, nor has include_path. {meant}")
-    return sorted(found)
+    return list(found)
 
 
 def _load(name: str, manager: TaskManager) -> list[Task | Group]:

@@ -95,8 +95,8 @@ def run(
     rows = table(records, edges)
     summary = summarise(records, rows)
     if folder is not None and writes(model):
-        folder.finish(summary, rows, subject, notes)
         draw(folder.path / "curve.png", rows, len(records), subject.trained_length)
+        folder.finish(summary, rows, subject, notes)
     return summary
 
 

@@ -117,7 +117,7 @@ class ResultsFolder:
     def finish(
         self, summary: Mapping[str, float], table: Sequence[Mapping[str, Any]], subject: Subject, notes: Sequence[str]
     ) -> None:
-        """Write results.json and table.csv. Raises UserError if they cannot be written."""
+        """Write table.csv, then results.json: where it is, all is there. Raises UserError if they cannot be written."""
         results = {
             **self._settings,
             "summary": dict(summary),
@@ -128,8 +128,8 @@ class ResultsFolder:
             "machine": machine(),
             "versions": versions(),
         }
-        write_text_atomically(self.path / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         write_text_atomically(self.path / TABLE, as_csv(table))
+        write_text_atomically(self.path / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
     def _check_settings(self) -> None:
         found = read_json_object(self.path / SETTINGS, remedy="Give --overwrite to begin again.")

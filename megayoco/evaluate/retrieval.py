@@ -81,8 +81,8 @@ def run_retrieval(
         _tell(model, notes[-1])
     summary = summarise(task.name, records)
     if folder is not None and writes(model):
-        folder.finish(summary, table(records), subject, notes)
         draw(folder.path / "heatmap.png", task.name, records, task.unit)
+        folder.finish(summary, table(records), subject, notes)
     return summary
 
 

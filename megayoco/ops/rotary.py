@@ -55,6 +55,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
             f" got {tuple(cos.shape)}, {tuple(sin.shape)}"
         )
     if layout == "half_split":
+        if not torch.is_grad_enabled():
+            return _turn_halves(x, cos, sin)
         return _HalfSplitRotary.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
     # neighbours are a complex number: one pass, while channels of stride 2 are ten times slower on CPU
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

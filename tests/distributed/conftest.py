@@ -13,10 +13,10 @@ from megayoco.data.tokenizer import build_tokenizer
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A test's own source as a byte-level dataset of many documents."""
+    """A frozen source file as a byte-level dataset of many documents: what the runs learn depends on it."""
     prefix = str(tmp_path_factory.mktemp("data") / "text_document")
     tokenizer = build_tokenizer("ByteTokenizer")
-    source = Path(__file__).with_name("test_trainer.py").read_text()
+    source = Path(__file__).with_name("text.txt").read_text()
     documents = [paragraph for paragraph in source.split("\n\n") if paragraph]
     with IndexedWriter(prefix, tokenizer.vocab_size) as writer:
         for document in documents:

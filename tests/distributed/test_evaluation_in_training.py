@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ EVALUATION = {
     "needle": NEEDLE,
     "perplexity": {"length": 200, "documents": 3},
 }
+HAYSTACK = Path(__file__).with_name("text.txt")
 LAYOUTS = [
     ("yoco-retention", Layout(2, zero=3)),
     ("yoco-window", Layout(4, sequence=2, bands=2, zero=1)),
@@ -45,7 +47,9 @@ def documents(tmp_path_factory):
 
 
 def wanted(documents):
-    return {**EVALUATION, "perplexity": {**EVALUATION["perplexity"], "text": documents}}
+    """A short haystack: every rank reads and encodes it at every evaluation."""
+    perplexity = {**EVALUATION["perplexity"], "text": documents}
+    return {**EVALUATION, "needle": {**NEEDLE, "haystack": str(HAYSTACK)}, "perplexity": perplexity}
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.runs import Layout, run, write_config
+from tests.distributed.runs import Layout, run, train, write_config
 from tests.workers import Workers
 
 LAYOUT = Layout(2, zero=1)
@@ -25,8 +25,8 @@ SAVES = {"interval": 3, "keep_last": 2}
 STEPS_PER_KILL = 24
 
 
-def start(directory: Path, log: Path) -> list[subprocess.Popen[bytes]]:
-    """The ranks of a run that goes on where it can."""
+def command_line(directory: Path, log: Path) -> list[int]:
+    """Goes on where it can, to the end, each rank by a command of its own; returns their exit codes."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -34,7 +34,7 @@ def start(directory: Path, log: Path) -> list[subprocess.Popen[bytes]]:
     place = {"WORLD_SIZE": str(LAYOUT.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     place |= {"LOCAL_WORLD_SIZE": place["WORLD_SIZE"], "DS_ACCELERATOR": "cpu", "MEGAYOCO_THREADS": "1"}
     with log.open("ab") as output:
-        return [
+        ranks = [
             subprocess.Popen(
                 [*command, "--resume", "auto"],
                 cwd=directory,
@@ -44,14 +44,24 @@ def start(directory: Path, log: Path) -> list[subprocess.Popen[bytes]]:
             )
             for rank in range(LAYOUT.world)
         ]
+    return [rank.wait(240) for rank in ranks]
 
 
-def wait_for(ranks: list[subprocess.Popen[bytes]], condition: object, seconds: float, log: Path) -> None:
-    until = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert all(rank.poll() is None for rank in ranks), log.read_text()[-3000:]
-        assert time.monotonic() < until, log.read_text()[-3000:]
-        time.sleep(0.02)
+def run_and_kill(directory: Path, latest: Path, seconds: float) -> None:
+    """Goes on where it can, until SIGKILL ends all ranks `seconds` after they have saved a checkpoint."""
+    before = latest.read_text() if latest.exists() else None
+    pool = Workers(LAYOUT.world)
+    files = (str(directory / "run.yaml"), str(directory / "ds.json"))
+    with ThreadPoolExecutor(1) as executor:
+        running = executor.submit(pool.run, train, *files, "auto", world=LAYOUT.world)
+        while not running.done() and (not latest.exists() or latest.read_text() == before):
+            time.sleep(0.02)
+        time.sleep(seconds)
+        finished = running.done()
+        pool.close()
+        error = running.exception()
+    assert not finished, error  # it was still at work
+    assert str(error).count("the process died") == LAYOUT.world, error
 
 
 @pytest.mark.timeout(3600)  # many kills take long; every wait inside has its own limit
@@ -68,15 +78,9 @@ def test_a_run_killed_at_random_moments_equals_one_that_was_not(
     moments = random.Random()
     reached = []
     for _ in range(kills):
-        before = latest.read_text() if latest.exists() else None
-        ranks = start(tmp_path, log)
-        wait_for(ranks, lambda before=before: latest.exists() and latest.read_text() != before, 120, log)
-        time.sleep(moments.uniform(0, 1))
-        for rank in ranks:
-            rank.send_signal(signal.SIGKILL)
-        assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * LAYOUT.world, log.read_text()[-3000:]
+        run_and_kill(tmp_path, latest, moments.uniform(0, 1))
         reached.append(latest.read_text())
-    assert [rank.wait(240) for rank in start(tmp_path, log)] == [0] * LAYOUT.world, log.read_text()[-3000:]
+    assert command_line(tmp_path, log) == [0] * LAYOUT.world, log.read_text()[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     got, expected = ([(x["step"], x["loss"], x["grad_norm"]) for x in part if "loss" in x] for part in (lines, whole))
     print(f"killed after the checkpoints {', '.join(reached)}")

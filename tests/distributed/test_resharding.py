@@ -68,13 +68,13 @@ def undisturbed(workers: Workers, text: str, tmp_path_factory: pytest.TempPathFa
 
 
 MATRIX = [
-    ("yoco-retention", Layout(4, tensor=2, pipeline=2), Layout(4, zero=2)),
-    ("yoco-window", Layout(4, tensor=4), Layout(4, pipeline=4)),
+    ("yoco-retention", Layout(4, tensor=2, pipeline=2, micro_batch=4), Layout(4, zero=2)),
+    ("yoco-window", Layout(4, tensor=4, micro_batch=8), Layout(4, pipeline=4)),
     ("yoco-retention", Layout(4, zero=3), Layout(4, tensor=2, zero=1)),
     ("yoco-tied", Layout(4, pipeline=2, zero=1), Layout(4, sequence=2, bands=4, zero=1)),
     # key-value heads on fewer ranks than before and replicated again, a shrinking and a growing world
-    ("llama", Layout(4, tensor=4), Layout(1, micro_batch=8)),
-    ("yoco-tied", Layout(1, micro_batch=8), Layout(4, tensor=2, pipeline=2, zero=1)),
+    ("llama", Layout(4, tensor=4, micro_batch=4), Layout(1, micro_batch=8)),
+    ("yoco-tied", Layout(1, micro_batch=8), Layout(4, tensor=2, pipeline=2, zero=1, micro_batch=4)),
     ("yoco-window", Layout(4, sequence=2, zero=3, bands=2), Layout(2, zero=3, micro_batch=4)),
 ]
 
@@ -98,8 +98,8 @@ def test_ten_steps_at_another_layout_equal_the_undisturbed_run(
 
 
 SAME = [
-    ("yoco-retention", Layout(4, tensor=2, pipeline=2), None),
-    ("yoco-tied", Layout(4, pipeline=2, sequence=2, zero=1), BF16),
+    ("yoco-retention", Layout(4, tensor=2, pipeline=2, micro_batch=4), None),
+    ("yoco-tied", Layout(4, pipeline=2, sequence=2, zero=1, micro_batch=4), BF16),
     ("yoco-window", Layout(4, tensor=2, zero=2), BF16),
     ("llama", Layout(2, zero=3), BF16),
 ]

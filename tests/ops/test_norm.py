@@ -48,3 +48,12 @@ def test_the_cast_comes_before_the_weight():
 def test_a_wider_weight_widens_the_output():
     x, weight = torch.randn(3, 8).bfloat16(), torch.randn(8)
     assert rms_norm(x, weight, 1e-5).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_gradient_it_is_the_same_to_the_bit(dtype):
+    x, weight = torch.randn(3, 64, dtype=dtype), torch.randn(64, dtype=dtype)
+    expected = rms_norm(x.requires_grad_(), weight, 1e-5)
+    with torch.inference_mode():
+        assert torch.equal(rms_norm(x, weight, 1e-5), expected)
+    assert expected.requires_grad

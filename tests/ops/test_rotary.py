@@ -96,3 +96,13 @@ def test_value_and_gradient_equal_the_naive_twin(layout):
         y = form(x, *table, layout)
         results.append((y, *torch.autograd.grad((y * y.detach().cos()).sum(), x)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_gradient_it_is_the_same_to_the_bit(layout):
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    tables = rotary_table(torch.arange(7, 12), rotary_frequencies(8, 1e4, layout))
+    expected = apply_rotary(x, *tables, layout)
+    with torch.inference_mode():
+        assert torch.equal(apply_rotary(x, *tables, layout), expected)
+    assert expected.requires_grad

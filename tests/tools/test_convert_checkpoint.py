@@ -161,6 +161,18 @@ def test_an_older_conversion_is_replaced_on_request(sources, tmp_path, capsys):
     assert listing(tmp_path) == {"f"}
 
 
+def test_the_export_of_a_run_stays_in_the_format_of_runs(sources, tmp_path, capsys):
+    export = tmp_path / "run" / "export"
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    arguments = ["--from", "megayoco", "--load", sources / "retention", "--save", export]
+    message = fails(tool, [*arguments, "--to", "hf"], capsys)
+    assert f"--save {export} is where its run keeps its own export" in message
+    assert listing(tmp_path / "run") == {"checkpoints"}
+    assert convert(*arguments, "--to", "megayoco") == 0
+    # beside what is no run, the name means nothing
+    assert convert(*arguments[:-1], tmp_path / "export", "--to", "hf") == 0
+
+
 def test_nothing_is_written_where_names_do_not_match(tmp_path, capsys):
     write_weights(tmp_path / "source", "hf", random_weights("retention"))
     path = tmp_path / "source" / "model.safetensors"

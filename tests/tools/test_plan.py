@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from megayoco.config import load_config
+from megayoco.convert.formats import write_weights
 from megayoco.data.command import run_command
 from megayoco.dsconfig import load_deepspeed_config
 from megayoco.model.flops import training_flops_per_sequence
 from megayoco.train.planning import Axes, Cluster, plan_phase, plan_run, search_layouts
+from tests.convert.models import random_weights
 from tests.tools.datasets import ROOT, load_tool
 
 plan = load_tool("plan")
@@ -193,6 +195,27 @@ def test_prints_every_phase_and_writes_json(tmp_path: Path, capsys: pytest.Captu
     assert "tried" in table and "the first one: parallel.tensor=" in table
     search = json.loads(target.read_text())["search"]
     assert len(search["plans"]) == 10 and search["plans"][0]["overrides"] in table
+
+
+def test_the_shape_is_that_of_the_weights_that_a_run_starts_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = random_weights("window")
+    write_weights(tmp_path / "start", "megayoco", weights)
+    config, target = tmp_path / "run.yaml", tmp_path / "plan.json"
+    config.write_text(
+        f"""
+model: {{init_from: {tmp_path / "start"}}}
+data: {{train: absent}}
+phases: [{{sequence_length: 64, steps: 1, batch_size: 2, learning_rate: 1.0e-4}}]
+output_dir: out
+"""
+    )
+    assert run("--config", config, "--gpus", 1, "--json", target) == 0, capsys.readouterr().err
+    phase = json.loads(target.read_text())["plan"]["phases"][0]
+    assert phase["memory"]["weights"] == 4 * sum(t.numel() for t in weights.tensors.values())
+    assert run("--config", config, "--gpus", 1, f"model.init_from={tmp_path / 'absent'}") == 2
+    assert "error: model.init_from: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The trainer from its command line, one process: a whole run, its exact continuation, and what stops it."""
 
+import functools
+import gc
 import json
 import os
 import re
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from megayoco.config import CrossBatchConfig
@@ -62,6 +65,31 @@ class Result:
         self.code, self.out, self.err = code, captured.out, captured.err
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_starts():
+    """At every start, ZeRO 3 collects garbage, a million objects of the libraries to walk, and formats every parameter
+    for a log that is off."""
+    import megayoco.train.loop
+    import megayoco.train.session  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    torch.set_printoptions(threshold=0, edgeitems=1)
+    yield
+    torch.set_printoptions(profile="default")
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_measurement():
+    """Every start measures the processor for most of a second; here no test reads the share of it that is reached."""
+    from megayoco.train import metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "measured_matmul", functools.partial(metrics.measured_matmul, seconds=0.002))
+        yield
+
+
 @pytest.fixture
 def train(config, capsys, monkeypatch):
     """train(output, *arguments) runs the command line in a world of one and leaves it again."""
@@ -86,6 +114,43 @@ def train(config, capsys, monkeypatch):
         return Result(code, capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """finished(train, *arguments): the directory of a run, made once each; tests that change it copy it."""
+    made = {}
+
+    def run(train, *arguments):
+        if arguments not in made:
+            output = tmp_path_factory.mktemp("finished") / "run"
+            result = train(output, *arguments)
+            assert result.code == 0, result.err
+            made[arguments] = output
+        return made[arguments]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """stages[ZeRO stage]: the arguments that choose it."""
+    folder = tmp_path_factory.mktemp("stages")
+    arguments = {0: ()}
+    for stage in (2, 3):
+        path = folder / f"zero{stage}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        arguments[stage] = ("--deepspeed_config", str(path))
+    return arguments
+
+
+def go_back(directory, step):
+    """A run's directory as it was after its checkpoint of this step."""
+    checkpoints = directory / "checkpoints"
+    for folder in checkpoints.glob("global_step*"):
+        if int(folder.name.removeprefix("global_step")) > step:
+            shutil.rmtree(folder)
+    (checkpoints / "latest").write_text(f"global_step{step}")
 
 
 def metrics(directory):
@@ -116,8 +181,7 @@ def test_a_run_and_its_exact_continuation(train, tmp_path):
     # the same run, killed after its checkpoint of step 5 and some steps more
     cut = tmp_path / "cut"
     shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "checkpoints" / "global_step10")
-    (cut / "checkpoints" / "latest").write_text("global_step5")
+    go_back(cut, 5)
     refused = train(cut)
     assert (refused.code, "holds another run" in refused.err) == (2, True)
     resumed = train(cut, "--resume")
@@ -134,10 +198,9 @@ def test_a_run_and_its_exact_continuation(train, tmp_path):
     assert (changed.code, "model.hidden_dim = 64, this run has 96" in changed.err) == (2, True)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_only_on_demand(train, tmp_path):
+def test_a_damaged_newest_checkpoint_is_passed_over_only_on_demand(train, finished, tmp_path):
     """One bit of one file: the sizes are right, the checksum is not."""
-    out = tmp_path / "out"
-    assert train(out, "checkpoint.keep_last=2").code == 0
+    out = shutil.copytree(finished(train), tmp_path / "out")
     losses = losses_of(out)
     newest = out / "checkpoints" / "global_step10"
     victim = newest / "mp_rank_00_model_states.pt"
@@ -166,9 +229,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_only_on_demand(train, tmp_pa
     )
 
 
-def test_weights_that_overwrite_would_delete_are_not_started_from(train, tmp_path):
-    out = tmp_path / "out"
-    assert train(out).code == 0
+def test_weights_that_overwrite_would_delete_are_not_started_from(train, finished, tmp_path):
+    out = shutil.copytree(finished(train), tmp_path / "out")
     for source in (out, out / "export"):
         result = train(out, f"model.init_from={source}", "--overwrite")
         assert result.code == 2
@@ -237,20 +299,18 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(train, tmp_pat
     ],
 )
 def test_a_save_that_fails_is_one_line_and_costs_no_earlier_checkpoint(
-    train, tmp_path, monkeypatch, error, code, message
+    train, finished, tmp_path, monkeypatch, error, code, message
 ):
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    output = tmp_path / "out"
-    real = TorchCheckpointEngine.save
+    output = shutil.copytree(finished(train), tmp_path / "out")
+    go_back(output, 5)
 
     def save(self, state_dict, path):
-        if (output / "checkpoints" / "global_step5").exists():
-            raise error
-        real(self, state_dict, path)
+        raise error
 
     monkeypatch.setattr(TorchCheckpointEngine, "save", save)
-    result = train(output)
+    result = train(output, "--resume")
     assert (result.code, result.err.count("\n")) == (code, 1)
     assert message in result.err
     monkeypatch.undo()
@@ -325,35 +385,31 @@ def test_cross_batch_training_is_a_matter_of_a_phase(train, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_phase_may_forget_the_optimizer(train, tmp_path, stage):
-    engine = tmp_path / "ds.json"
-    engine.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    arguments = ("--deepspeed_config", str(engine))
-    assert train(tmp_path / "carry", *arguments).code == 0
-    result = train(tmp_path / "reset", *arguments, "phases.1.optimizer_state=reset")
+def test_a_phase_may_forget_the_optimizer(train, finished, stages, tmp_path, stage):
+    run, arguments = tmp_path / "reset", (*stages[stage], "checkpoint.interval=4", "phases.1.optimizer_state=reset")
+    result = train(run, *arguments)
     assert "phase long: the optimizer starts afresh" in result.out, result.err
-    carry, reset = losses(tmp_path / "carry"), losses(tmp_path / "reset")
+    carry, reset = losses(finished(train, *stages[stage])), losses(run)
     # the first loss of the new phase is computed before its first update
     assert carry[:5] == reset[:5]
     assert all(a != b for a, b in zip(carry[5:], reset[5:], strict=True))
     # as if an optimizer without past took over the weights: going on from the border of the phases says the same
-    cut = tmp_path / "cut"
-    assert train(cut, *arguments, "checkpoint.interval=4", "phases.1.optimizer_state=reset").code == 0
-    assert losses(cut) == reset
+    go_back(run, 4)
+    result = train(run, *arguments, "--resume")
+    assert "resumed at step 4" in result.out, result.err
+    assert losses(run) == reset
 
 
 @pytest.mark.parametrize(("stage", "bands"), [(0, (4, 2)), (3, (1, 4)), (3, (4, 1))])
-def test_bands_change_no_loss(train, tmp_path, stage, bands):
+def test_bands_change_no_loss(train, finished, stages, tmp_path, stage, bands):
     # ZeRO 3 learns the order of the modules in one phase and fetches ahead by it in the next
-    engine = tmp_path / "ds.json"
-    engine.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    arguments = ("--deepspeed_config", str(engine))
-    assert train(tmp_path / "plain", *arguments).code == 0
+    arguments = stages[stage]
     result = train(tmp_path / "bands", *arguments, f"parallel.bands={bands[0]}", f"phases.1.bands={bands[1]}")
     assert result.code == 0, result.err
     for count in bands:
         assert count == 1 or f"in {count} bands" in result.out
-    for got, expected in zip(metrics(tmp_path / "bands"), metrics(tmp_path / "plain"), strict=True):
+    plain = finished(train, *arguments)
+    for got, expected in zip(metrics(tmp_path / "bands"), metrics(plain), strict=True):
         assert got.pop("phase") == expected.pop("phase")
         assert got == pytest.approx(expected, rel=1e-4)
 
