@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from megayoco.config import (
+    CrossBatchConfig,
     DataConfig,
     DataSource,
     ModelConfig,
@@ -215,6 +216,11 @@ MODEL = {"dim": 64, "layers": 6, "hidden_dim": 128, "heads": 8, "vocab_size": 12
         ({"self_layers": 5}, ["retention"] * 5 + ["shared_kv", "cross"]),
         ({"self_mixer": "window", "window": 8, "layers": 3}, ["window", "shared_kv", "cross", "cross"]),
         ({"pattern": "llama"}, ["full"] * 6),
+        (
+            {"pattern": "llama", "memory_layers": [5, 1], "memory_window": 4},
+            ["block", "memory"] + ["block"] * 3 + ["memory"],
+        ),
+        ({"memory_layers": [1], "memory_window": 4}, ["retention", "memory", "retention", "shared_kv"] + ["cross"] * 3),
     ],
 )
 def test_layer_pattern(changes, pattern):
@@ -242,6 +248,16 @@ def test_what_follows_from_the_shape():
         ({"window": 4}, "window is used only by self_mixer window"),
         ({"pattern": "llama", "self_heads": 2}, "self_heads is used only by pattern yoco"),
         ({"pattern": "llama", "self_mixer": "window", "window": 3}, "self_mixer is used only by pattern yoco"),
+        ({"memory_layers": [1]}, "memory_window is required by memory_layers"),
+        ({"memory_window": 4}, "memory_window is used only with memory_layers"),
+        ({"memory_layers": [1, 0, 1], "memory_window": 4}, "memory_layers names layer 1 more than once"),
+        ({"memory_layers": [1, 3], "memory_window": 4}, "memory_layers names layer 3 of the cross-decoder"),
+        ({"memory_layers": [6], "memory_window": 4}, "memory_layers names layer 6, but the layers are 0 to 2"),
+        (
+            {"pattern": "llama", "memory_layers": [0, 6], "memory_window": 4},
+            "memory_layers names layer 6, but the layers are 0 to 5",
+        ),
+        ({"memory_layers": [-1], "memory_window": 4}, "greater than or equal to 0"),
         ({"dim": "64"}, "valid integer"),
         ({"dime": 64}, "dime"),
     ],
@@ -254,6 +270,9 @@ def test_impossible_shapes_are_refused(changes, message):
 def test_model_config_as_a_dictionary():
     model = ModelConfig(**MODEL, tie_embeddings=True)
     assert model_config_from_dict(model_config_to_dict(model)) == model
+    memory = ModelConfig(**MODEL, memory_layers=[0, 2], memory_window=4)
+    assert model_config_from_dict(json.loads(json.dumps(model_config_to_dict(memory)))) == memory
+    assert hash(memory) != hash(model)
     with pytest.raises(UserError, match=re.escape("config.json: unknown key windw. Did you mean window?")):
         model_config_from_dict({**MODEL, "windw": 3}, "config.json")
 
@@ -262,6 +281,9 @@ def test_data_parallel_size_is_what_is_left_over():
     assert ParallelConfig(tensor=2, pipeline=2).data(12) == 3
     with pytest.raises(UserError, match="6 processes cannot be split into pipeline 1 x sequence 1 x tensor 4 = 4"):
         ParallelConfig(tensor=4).data(6)
+
+
+MEMORY = {"memory_layers": [0], "memory_window": 64}
 
 
 @pytest.mark.parametrize(
@@ -276,6 +298,12 @@ def test_data_parallel_size_is_what_is_left_over():
         ({"sequence": 8}, {}, "4 processes cannot be split into pipeline 1 x sequence 8 x tensor 1 = 8"),
         ({"bands": 2}, {"pattern": "llama"}, "parallel.bands is 2, but in the llama pattern"),
         ({"tensor": 8}, {}, "4 processes cannot be split"),
+        ({"sequence": 2}, MEMORY, "parallel.sequence is 2, but layers with memory (model.memory_layers) cannot share"),
+        (
+            {"bands": 2},
+            MEMORY,
+            "parallel.bands is 2, but layers with memory (model.memory_layers) cannot be trained in",
+        ),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused_with_the_arithmetic(parallel, model, message):
@@ -292,6 +320,23 @@ def test_a_sequence_that_cannot_be_cut_into_equal_chunks_names_phase_numbers_and
     assert "for parallel.sequence 4 x phases.0.bands 3 = 12: it leaves 4 tokens" in refusal(
         run_yaml(), "parallel.sequence=4", "phases.0.bands=3"
     )
+
+
+def test_what_memory_layers_cannot_train_is_refused(run_yaml):
+    memory = ["model.memory_layers=[0]", "model.memory_window=64"]
+    run = load_config(run_yaml(), [*memory, "phases.0.cross_batch.range=3"])
+    assert run.phases[0].cross_batch == CrossBatchConfig(range=3, stepping=True)
+    load_config(run_yaml(), [*memory, "phases.0.sequence_length=100"])  # windows may leave a rest
+    assert (
+        "phases.0.sequence_length 100 is no multiple of model.memory_window 64, which cross_batch needs: use 128"
+        in (refusal(run_yaml(), *memory, "phases.0.cross_batch.range=3", "phases.0.sequence_length=100"))
+    )
+    assert "phases.0.cross_batch trains memory layers" in refusal(run_yaml(), "phases.0.cross_batch.range=3")
+    assert "range" in refusal(run_yaml(), *memory, "phases.0.cross_batch.range=-1")
+    documents = refusal(run_yaml(), *memory, "data.document_mask=true")
+    assert "data.document_mask hides documents from one another, which model.memory_layers cannot" in documents
+    assert "phases.0.data.document_mask hides" in refusal(run_yaml(), *memory, "phases.0.data.document_mask=true")
+    load_config(run_yaml(), [*memory, "data.document_mask=true", "phases.0.data.document_mask=false"])
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])

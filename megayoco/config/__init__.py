@@ -6,6 +6,7 @@ from megayoco.config.model import ModelConfig
 from megayoco.config.parallel import ParallelConfig
 from megayoco.config.run import (
     CheckpointConfig,
+    CrossBatchConfig,
     EvaluationConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -17,6 +18,7 @@ from megayoco.config.run import (
 __all__ = [
     "Blend",
     "CheckpointConfig",
+    "CrossBatchConfig",
     "DataConfig",
     "DataSource",
     "EvaluationConfig",

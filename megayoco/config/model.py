@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from megayoco.config.base import SECTION, PositiveFloat, PositiveInt, refuse
+from megayoco.config.base import SECTION, NonNegativeInt, PositiveFloat, PositiveInt, refuse
 from megayoco.presets import PRESETS
 
 Pattern = Literal["yoco", "llama"]
@@ -28,7 +28,8 @@ class ModelConfig:
     seed."""
 
     pattern: Pattern = "yoco"
-    """`yoco`: self-decoder, shared keys and values, cross-decoder. `llama`: full attention in every layer."""
+    """`yoco`: self-decoder, shared keys and values, cross-decoder. `llama`: full attention in every layer, or with
+    `memory_layers` attention inside windows."""
 
     self_mixer: SelfMixer = "retention"
     """Token mixer of the self-decoder: gated `retention`, or sliding-`window` attention. YOCO only."""
@@ -60,6 +61,16 @@ class ModelConfig:
     window: PositiveInt | None = None
     """Tokens that a query of the window mixer sees, itself included. Required by `self_mixer: window`, else absent."""
 
+    memory_layers: tuple[NonNegativeInt, ...] = ()
+    """Numbers, from 0, of the layers with memory attention (LongLLaMA): a query sees its own window of `memory_window`
+    tokens and everything before that window, whose keys carry no position. YOCO: layers of the self-decoder. In the
+    LLaMA pattern all other layers then see their own window only. Cannot be combined with `data.document_mask`,
+    `parallel.sequence` or bands."""
+
+    memory_window: PositiveInt | None = None
+    """Tokens of a window of memory attention; windows follow one another from the first token of a sequence. Required
+    with `memory_layers`, else absent."""
+
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary embedding; a phase may replace it."""
 
@@ -87,6 +98,12 @@ class ModelConfig:
         filled = {key: value for key, value in filled.items() if key in given or key not in unused}
         return ArgsKwargs(data.args, filled) if isinstance(data, ArgsKwargs) else filled
 
+    @field_validator("memory_layers", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        # what has passed the validator above is no longer JSON, whose lists strict fields take for tuples
+        return tuple(value) if isinstance(value, list) else value
+
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         for name, heads in (("heads", self.heads), ("self_heads", self.num_self_heads)):
@@ -112,7 +129,29 @@ class ModelConfig:
             for name in ("self_layers", "self_heads", "window"):
                 if getattr(self, name) is not None:
                     refuse(name, "is used only by pattern yoco: leave it out")
+        self._check_memory()
         return self
+
+    def _check_memory(self) -> None:
+        if not self.memory_layers:
+            if self.memory_window is not None:
+                refuse("memory_window", "is used only with memory_layers: give them, or leave memory_window out")
+            return
+        if self.memory_window is None:
+            refuse("memory_window", "is required by memory_layers: the tokens of a window")
+        if len(set(self.memory_layers)) < len(self.memory_layers):
+            twice = next(layer for layer in self.memory_layers if self.memory_layers.count(layer) > 1)
+            refuse("memory_layers", f"names layer {twice} more than once: remove one")
+        own = self.num_self_layers if self.pattern == "yoco" else self.layers
+        outside = [layer for layer in self.memory_layers if layer >= own]
+        if outside and outside[0] < self.layers:
+            refuse(
+                "memory_layers",
+                f"names layer {outside[0]} of the cross-decoder: only the self-decoder's layers 0 to {own - 1} can"
+                " have a memory",
+            )
+        if outside:
+            refuse("memory_layers", f"names layer {outside[0]}, but the layers are 0 to {own - 1}")
 
     @property
     def head_dim(self) -> int:
@@ -152,11 +191,28 @@ class ModelConfig:
         return self.pattern == "yoco"
 
     def layer_pattern(self) -> list[str]:
-        """The stack from bottom to top: `retention`, `window`, `full`, `cross`; `shared_kv` once between the halves."""
+        """The stack from bottom to top: `retention`, `window`, `full`, `memory`, `block` (attention inside windows of
+        `memory_window`), `cross`; `shared_kv` once between the halves."""
         if self.pattern == "llama":
-            return ["full"] * self.layers
-        upper = self.layers - self.num_self_layers
-        return [self.self_mixer] * self.num_self_layers + ["shared_kv"] + ["cross"] * upper
+            kind, own = "block" if self.memory_layers else "full", self.layers
+        else:
+            kind, own = self.self_mixer, self.num_self_layers
+        kinds = ["memory" if layer in self.memory_layers else kind for layer in range(own)]
+        return kinds if self.pattern == "llama" else [*kinds, "shared_kv", *["cross"] * (self.layers - own)]
+
+    @property
+    def memory_heads(self) -> tuple[int, int]:
+        """Query and key-value heads of memory attention: in YOCO those of the self-decoder's window attention, else
+        those of full attention."""
+        if self.pattern == "yoco":
+            return self.num_self_heads, self.num_self_heads
+        return self.heads, self.num_kv_heads
+
+    @property
+    def memory_kv_dim(self) -> int:
+        """Numbers of a key of memory attention, all key-value heads together."""
+        heads, kv_heads = self.memory_heads
+        return kv_heads * (self.dim // heads)
 
     def parameter_count(self) -> dict[str, int]:
         """Exact numbers of parameters: `body`, `embedding` (with the head, unless tied) and their sum `total`."""
@@ -165,6 +221,8 @@ class ModelConfig:
             "retention": 5 * D * D + self.num_self_heads * D,  # q, k, v, g, out, and one decay per head
             "window": 4 * D * D,
             "full": 2 * D * D + 2 * kv_dim * D,
+            "memory": 2 * D * D + 2 * self.memory_kv_dim * D,
+            "block": 2 * D * D + 2 * self.memory_kv_dim * D,
             "cross": 2 * D * D,
         }
         feed_forward = 3 * D * self.hidden_dim

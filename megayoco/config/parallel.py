@@ -64,6 +64,11 @@ class ParallelConfig:
                 f"model.kv_heads {kv_heads} can be neither split over nor replicated on parallel.tensor {self.tensor}:"
                 " one must divide the other. Change one of the two."
             )
+        if self.sequence > 1 and model.memory_layers:
+            raise UserError(
+                f"parallel.sequence is {self.sequence}, but layers with memory (model.memory_layers) cannot share a"
+                " sequence over ranks. Set it to 1; tensor, pipeline and data parallelism work with them."
+            )
         if self.pipeline > model.layers:
             raise UserError(
                 f"parallel.pipeline {self.pipeline} needs a layer for each stage, model.layers is {model.layers}."
@@ -73,6 +78,11 @@ class ParallelConfig:
 
 def check_bands(bands: int | str, model: ModelConfig, key: str) -> None:
     """Raise UserError if `model` cannot be trained in bands; `key` is where the user asked for them."""
+    if model.memory_layers and bands not in (1, "auto"):
+        raise UserError(
+            f"{key} is {bands}, but layers with memory (model.memory_layers) cannot be trained in bands. Set it to 1;"
+            " parallel.activation_checkpointing works with them."
+        )
     if model.pattern != "yoco" and bands not in (1, "auto"):
         raise UserError(
             f"{key} is {bands}, but in the {model.pattern} pattern every layer has keys and values of its own: only"

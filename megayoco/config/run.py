@@ -48,6 +48,21 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
+class CrossBatchConfig:
+    """Cross-batch training of memory layers (Focused Transformer, arXiv 2307.03170): the memory of a window is the
+    windows before it in the micro-batch of its replica, of its own sample and of other ones, with their gradients. A
+    sample is a pack of `sequence_length / memory_window` windows. Validation, evaluation and generation ignore it."""
+
+    range: NonNegativeInt
+    """Windows before its own that a window sees at most; 0: none. Those beyond its own sample are the distractors that
+    the training is named after; the first sample of a micro-batch has none before it."""
+
+    stepping: bool = True
+    """Whether only the last windows of a sample see all of `range`: window p of a sample of k sees at most
+    p * ceil((range + 1) / (k - 1)), the first one nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class PhaseConfig:
     """A stretch of training with one sequence length, one batch size and one learning-rate schedule."""
 
@@ -99,6 +114,9 @@ class PhaseConfig:
 
     bands: PositiveInt | Literal["auto"] | None = None
     """`parallel.bands` of this phase where it differs."""
+
+    cross_batch: CrossBatchConfig | None = None
+    """Cross-batch training of `model.memory_layers`. Default: a window sees all earlier windows of its own sample."""
 
     data: PhaseDataConfig | None = None
     """Data of this phase where it differs from the run's."""
@@ -296,7 +314,29 @@ class RunConfig:
                     f"{phase.sequence_length} cannot be cut into equal chunks for {count}: it leaves "
                     f"{phase.sequence_length % chunks} tokens. Use {nearest}, or change one of the others",
                 )
+            self._check_memory(number)
         return self
+
+    def _check_memory(self, number: int) -> None:
+        phase, window = self.phases[number], self.model.memory_window
+        if window is None:
+            if phase.cross_batch is not None:
+                refuse(
+                    f"phases.{number}.cross_batch", "trains memory layers: give model.memory_layers, or leave it out"
+                )
+            return
+        if self.phase_data(number).document_mask:
+            own = phase.data is not None and phase.data.document_mask is not None
+            refuse(
+                f"phases.{number}.data.document_mask" if own else "data.document_mask",
+                "hides documents from one another, which model.memory_layers cannot: set it to false",
+            )
+        if phase.cross_batch is not None and phase.sequence_length % window:
+            refuse(
+                f"phases.{number}.sequence_length",
+                f"{phase.sequence_length} is no multiple of model.memory_window {window}, which cross_batch needs:"
+                f" use {-(-phase.sequence_length // window) * window}",
+            )
 
     def phase_data(self, phase: int) -> DataConfig:
         """The data of phase number `phase`: the run's, with what the phase replaces."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from megayoco.config import ModelConfig, model_config_from_dict
-from megayoco.convert.names import foreign_names
+from megayoco.convert.names import foreign_names, refuse_memory
 from megayoco.convert.stored import open_weights
 from megayoco.convert.transformers_folder import HubConfig, find_tokenizer, open_hub_weights, write_hub_folder
 from megayoco.convert.weights import Renamed, Weights
@@ -88,6 +88,7 @@ def check_writable(model: ModelConfig) -> None:
     """Raises UserError if the format cannot express the model."""
     if model.pattern != "yoco":
         raise UserError(f"flash-linear-attention's YOCO has no pattern {model.pattern}. Write it by --to llama.")
+    refuse_memory(model, "flash-linear-attention's YOCO")
 
 
 def write(directory: Path, weights: Weights, shard_bytes: int) -> None:

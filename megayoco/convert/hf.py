@@ -10,7 +10,7 @@ from typing import Any
 
 from megayoco.config import ModelConfig, model_config_from_dict
 from megayoco.convert import llama
-from megayoco.convert.names import foreign_names
+from megayoco.convert.names import foreign_names, refuse_memory
 from megayoco.convert.transformers_folder import HubConfig, find_tokenizer, open_hub_weights, write_hub_folder
 from megayoco.convert.weights import Renamed, Weights
 from megayoco.data.tokenizer import Tokenizer
@@ -71,6 +71,7 @@ def read(folder: Path, tokenizer: Tokenizer | None = None) -> Weights:
 
 def check_writable(model: ModelConfig) -> None:
     """Raises UserError if the format cannot express the model."""
+    refuse_memory(model, "the model for transformers")
     if model.window == 1:
         raise UserError("a window of one token has no cache in transformers: this model cannot go --to hf.")
 

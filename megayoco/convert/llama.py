@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megayoco.config import ModelConfig, model_config_from_dict
-from megayoco.convert.names import foreign_names
+from megayoco.convert.names import foreign_names, refuse_memory
 from megayoco.convert.transformers_folder import HubConfig, find_tokenizer, open_hub_weights, write_hub_folder
 from megayoco.convert.weights import Renamed, Weights
 from megayoco.data.tokenizer import Tokenizer
@@ -62,6 +62,7 @@ def check_writable(model: ModelConfig) -> None:
     """Raises UserError if the format cannot express the model."""
     if model.pattern != "llama":
         raise UserError(f"a model of pattern {model.pattern} is no LLaMA. Write it by --to hf, or --to yoco.")
+    refuse_memory(model, "a LLaMA of transformers")
 
 
 def write(directory: Path, weights: Weights, shard_bytes: int) -> None:
@@ -105,6 +106,9 @@ def _model(config: HubConfig) -> ModelConfig:
     config.refuse("hidden_act", ("silu", "swish", None), "our feed-forward is SwiGLU, with silu")
     config.refuse(
         "head_dim", (None, dim // heads), f"our heads have hidden_size / num_attention_heads = {dim // heads}"
+    )
+    config.refuse(
+        "mem_layers", (None, []), "a LLaMA has no memory layers; take it out, and give model.memory_layers in the run"
     )
     config.refuse("quantization_config", (None,), "quantised weights cannot be converted")
     return model_config_from_dict(

@@ -20,12 +20,14 @@ def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     The order is that of the stack, so that a layer's tensors are neighbours in files.
     """
     D, hidden, kv = model.dim, model.hidden_dim, model.num_kv_heads * model.head_dim
-    square = (D, D)
+    square, memory = (D, D), model.memory_kv_dim
     mixers = {
         "retention": {**dict.fromkeys("q k v g out".split(), square), "gt": (model.num_self_heads, D)},
         "window": dict.fromkeys("q k v out".split(), square),
         "full": {"q": square, "k": (kv, D), "v": (kv, D), "out": square},
         "cross": {"q": square, "out": square},
+        "memory": {"q": square, "k": (memory, D), "v": (memory, D), "out": square},
+        "block": {"q": square, "k": (memory, D), "v": (memory, D), "out": square},
     }
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocab_size, D)}
     layers = 0
@@ -66,6 +68,17 @@ def foreign_names(
         else:
             names[name] = f"{outside[stem]}.weight"
     return names
+
+
+def refuse_memory(model: ModelConfig, format: str) -> None:
+    """Raises UserError for a model with memory layers, whose weights another format would hold and read as another
+    model's."""
+    if model.memory_layers:
+        raise UserError(
+            f"{format} has no memory layers, and this model has (model.memory_layers"
+            f" {', '.join(map(str, model.memory_layers))}): written so it would be another model. Write it by"
+            " --to megayoco."
+        )
 
 
 def check_tensors(where: object, tensors: LazyTensors, shapes: Mapping[str, tuple[int, ...]], config: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from megayoco.config import ModelConfig, model_config_from_dict
 from megayoco.convert.export import TOKENIZER_FOLDER, check_tokenizer
 from megayoco.convert.folder import check_room, whole_folder
-from megayoco.convert.names import EMBEDDING, check_tensors, foreign_names, tensor_shapes
+from megayoco.convert.names import EMBEDDING, check_tensors, foreign_names, refuse_memory, tensor_shapes
 from megayoco.convert.stored import PickledTensors, load_restricted
 from megayoco.convert.weights import Renamed, Weights
 from megayoco.convert.writing import tensor_bytes
@@ -125,6 +125,7 @@ def check_writable(model: ModelConfig) -> None:
     """Raises UserError if the format cannot express the model."""
     if model.pattern != "yoco":
         raise UserError(f"the official YOCO code has no pattern {model.pattern}. Write it by --to llama.")
+    refuse_memory(model, "the official YOCO code")
     if 2 * model.num_self_layers != model.layers:
         raise UserError(
             f"the official YOCO code has halves of equal depth; this model has {model.num_self_layers} self-decoder"

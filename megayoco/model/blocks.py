@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from megayoco.layers.linear import (
     fan_in_uniform,
     xavier_uniform,
 )
+from megayoco.layers.memory_attention import MemoryAttention
 from megayoco.layers.retention import GatedRetention
 from megayoco.layers.self_attention import SelfAttention
 from megayoco.layers.shared_kv import SharedKeyValues
@@ -136,6 +138,23 @@ def _full(model: ModelConfig, name: str, builder: Builder) -> nn.Module:
     return SelfAttention(model.dim, model.heads, model.num_kv_heads, None, rotary, name, init, builder)
 
 
+def _memory(model: ModelConfig, name: str, builder: Builder, remembers: bool = True) -> nn.Module:
+    init = _matrix_init(model, model.dim)
+    heads, kv_heads = model.memory_heads
+    assert model.memory_window is not None
+    return MemoryAttention(
+        model.dim,
+        heads,
+        kv_heads,
+        model.memory_window,
+        remembers,
+        _rotary(model, model.dim // heads),
+        name,
+        init,
+        builder,
+    )
+
+
 def _cross(model: ModelConfig, name: str, builder: Builder) -> nn.Module:
     init = _matrix_init(model, model.dim)
     return CrossAttention(model.dim, model.heads, _rotary(model, model.head_dim), name, init, builder)
@@ -146,6 +165,8 @@ MIXERS: dict[str, Callable[[ModelConfig, str, Builder], nn.Module]] = {
     "retention": _retention,
     "window": _window,
     "full": _full,
+    "memory": _memory,
+    "block": partial(_memory, remembers=False),
     "cross": _cross,
 }
 

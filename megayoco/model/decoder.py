@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megayoco.config import ModelConfig
+from megayoco.config import CrossBatchConfig, ModelConfig
 from megayoco.layers.context import Positions, Rotary
 from megayoco.layers.linear import Builder
+from megayoco.layers.memory_attention import MemoryAttention
 from megayoco.layers.shared_kv import SharedKeyValues
 from megayoco.model.bands import Bands, Stage, banded_loss
 from megayoco.model.blocks import Head, build_embedding, build_layer, run_block
@@ -75,10 +76,10 @@ class Decoder(nn.Module):
         return self.head(x, targets)  # type: ignore[no-any-return]
 
     def set_bands(self, count: int, order: str = "fused") -> None:
-        """Cuts sequences into so many bands from now on (model/bands.py). Raises ValueError without shared keys and
-        values, which bands need."""
-        if count > 1 and self.shared_kv is None:
-            raise ValueError(f"{count} bands for a model whose layers share no keys and values")
+        """Cuts sequences into so many bands from now on (model/bands.py). Raises ValueError unless the shared keys
+        and values are all that grows with the sequence."""
+        if count > 1 and (self.shared_kv is None or self.config.memory_layers):
+            raise ValueError(f"{count} bands for a model with layers whose keys and values grow with the sequence")
         self.bands = replace(self.bands, count=count, order=order)
 
     first_block = 0
@@ -99,6 +100,10 @@ class Decoder(nn.Module):
     def set_rope_theta(self, theta: float) -> None:
         """Changes the rotary base of every layer, for a phase of length extension."""
         set_rope_theta(self, theta)
+
+    def set_cross_batch(self, cross_batch: CrossBatchConfig | None) -> None:
+        """Changes what the memory layers remember in training, for a phase."""
+        set_cross_batch(self, cross_batch)
 
     def _empty(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[Any]:
         owners: list[Any] = [layer.mixer for layer in self.layers[: self.self_layers]]  # type: ignore[union-attr]
@@ -126,6 +131,13 @@ def set_rope_theta(module: nn.Module, theta: float) -> None:
         rotary = getattr(part, "rotary", None)
         if isinstance(rotary, Rotary):
             rotary.theta = theta
+
+
+def set_cross_batch(module: nn.Module, cross_batch: CrossBatchConfig | None) -> None:
+    """Changes what the memory layers inside `module` remember in training; None: their own sequence."""
+    for part in module.modules():
+        if isinstance(part, MemoryAttention) and part.remembers:
+            part.cross_batch = cross_batch
 
 
 def build_decoder(

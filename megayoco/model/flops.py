@@ -5,8 +5,9 @@ gates and the embedding lookup do not. Only what the model needs counts: of caus
 and key, not the masked half that some kernels compute; no second forward pass, neither of activation checkpointing nor
 of a walk over bands. Counted is a sequence that is one document with a target in every row. Borders inside it
 (`document_mask`) hide pairs, and a walk over bands leaves out rows without target; neither is taken off, so there the
-utilisation comes out too high, and figures of different data do not compare. Backward needs two products for each one
-of forward, so a training step is 3 x forward.
+utilisation comes out too high, and figures of different data do not compare. Cross-batch training of memory layers
+exchanges windows of the sample for those of others; counted is the sample by itself. Backward needs two products for
+each one of forward, so a training step is 3 x forward.
 
 Per sequence of N tokens (D dim, F hidden_dim, V vocabulary, G kv heads, K head dim, W window, H_s self heads,
 K_s = D / H_s; pairs(n) = n (n + 1) / 2; first, last: tokens of the first and last of the chunks of RETENTION_CHUNK):
@@ -14,6 +15,8 @@ K_s = D / H_s; pairs(n) = n (n + 1) / 2; first, last: tokens of the first and la
     feed-forward         6 D F N                               three matrices
     full attention       (4 D D + 4 D G K) N + 4 D pairs(N)    q, out; k, v; then q k and p v of every visible pair
     window attention     8 D D N + 4 D P                       P = pairs(N) - pairs(N - W): a query sees at most W keys
+    memory attention     (4 D D + 4 D G_m K_m) N + 4 D pairs(N)   G_m, K_m: kv heads, head dim of memory layers
+    inside windows       the same with P in place of pairs(N): P = pairs within each window of `memory_window`
     retention            (10 D D + 2 D H_s) N + 4 D P          q, k, v, g, out; decay; P = pairs within each chunk
                          + 2 D K_s (N - first) + 2 D K_s (N - last)
                                                                the state is read by all but the first chunk and
@@ -35,6 +38,14 @@ def visible_pairs(sequence_length: int, window: int | None = None) -> int:
     pairs = sequence_length * (sequence_length + 1) // 2
     beyond = 0 if window is None else max(sequence_length - window, 0)
     return pairs - beyond * (beyond + 1) // 2
+
+
+def block_pairs(sequence_length: int, block: int | None) -> int:
+    """Pairs of a query and a key that it sees, itself included, where every `block` tokens are by themselves."""
+    if block is None:
+        return visible_pairs(sequence_length)
+    whole, rest = divmod(sequence_length, block)
+    return whole * visible_pairs(block) + visible_pairs(rest)
 
 
 def forward_flops(model: ModelConfig, sequence_length: int) -> dict[str, int]:
@@ -77,6 +88,9 @@ def _mixer(model: ModelConfig, kind: str, N: int) -> int:
         return 4 * D * D * N + 4 * D * visible_pairs(N)
     if kind == "full":
         return (4 * D * D + 4 * D * kv_dim) * N + 4 * D * visible_pairs(N)
+    if kind in ("memory", "block"):
+        pairs = visible_pairs(N) if kind == "memory" else block_pairs(N, model.memory_window)
+        return (4 * D * D + 4 * D * model.memory_kv_dim) * N + 4 * D * pairs
     raise ValueError(f"no operation count for the layer kind {kind!r}")
 
 
@@ -90,8 +104,7 @@ def _head(model: ModelConfig, N: int) -> int:
 
 def _retention(model: ModelConfig, N: int) -> int:
     D, C = model.dim, RETENTION_CHUNK
-    whole, rest = divmod(N, C)
-    pairs = whole * visible_pairs(C) + visible_pairs(rest)
-    first, last = min(N, C), rest or min(N, C)
+    pairs = block_pairs(N, C)
+    first, last = min(N, C), N % C or min(N, C)
     projections = (10 * D * D + 2 * D * model.num_self_heads) * N
     return projections + 4 * D * pairs + 2 * D * model.self_head_dim * (2 * N - first - last)

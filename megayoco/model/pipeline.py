@@ -18,14 +18,14 @@ import torch
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
-from megayoco.config import ModelConfig
+from megayoco.config import CrossBatchConfig, ModelConfig
 from megayoco.errors import UserError
 from megayoco.layers.context import KeyValues, Positions
 from megayoco.layers.linear import Builder
 from megayoco.layers.shared_kv import SharedKeyValues
 from megayoco.model.bands import Bands, Stage, banded_loss, banded_stage
 from megayoco.model.blocks import Head, Layer, build_embedding, build_layer, remark_tied_head, run_block
-from megayoco.model.decoder import set_rope_theta
+from megayoco.model.decoder import set_cross_batch, set_rope_theta
 from megayoco.model.flops import block_flops
 from megayoco.parallel.sequence import SequenceAxis
 from megayoco.parallel.topology import Topology, pipeline_topology
@@ -204,11 +204,15 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
         set_rope_theta(self, theta)
 
     def set_bands(self, count: int, order: str = "fused") -> None:
-        """Cuts sequences into so many bands from now on (model/bands.py). Raises ValueError without shared keys and
-        values, which bands need."""
-        if count > 1 and self.config.pattern != "yoco":
-            raise ValueError(f"{count} bands for a model whose layers share no keys and values")
+        """Cuts sequences into so many bands from now on (model/bands.py). Raises ValueError unless the shared keys
+        and values are all that grows with the sequence."""
+        if count > 1 and (self.config.pattern != "yoco" or self.config.memory_layers):
+            raise ValueError(f"{count} bands for a model with layers whose keys and values grow with the sequence")
         self.bands = replace(self.bands, count=count, order=order)
+
+    def set_cross_batch(self, cross_batch: CrossBatchConfig | None) -> None:
+        """Changes what the memory layers of this stage remember in training, for a phase."""
+        set_cross_batch(self, cross_batch)
 
     @property
     def first_block(self) -> int:

@@ -74,7 +74,7 @@ def attention_with_backend(
     if q.shape[1] == 1 and first_key is None:  # it sees all S keys, since a window is cut off before
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
-    parts = _plan(q.shape[1], k.shape[1], window, first_key, backend)
+    parts = causal_parts(q.shape[1], k.shape[1], window, first_key, backend)
     return _PartwiseAttention.apply(q, k, v, first_key, scale, window, parts, backend)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -97,8 +97,9 @@ def causal_attention_naive(
     return torch.einsum("bhts,bshk->bthk", p_BHTS, v).to(q.dtype)
 
 
-def _plan(T: int, S: int, window: int | None, first_key: Tensor | None, backend: str) -> list[Part]:
-    """The parts that together hold every visible (query, key) once."""
+def causal_parts(T: int, S: int, window: int | None, first_key: Tensor | None, backend: str) -> list[Part]:
+    """The parts that together hold every visible (query, key) once; queries are the last T of S tokens, and a window
+    must not reach past the first key."""
     if backend in BOTTOM_RIGHT and first_key is None:
         return [Part(slice(0, T), slice(0, S), "causal")]
     rows = Rows(S, first_key=first_key)

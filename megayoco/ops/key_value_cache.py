@@ -10,6 +10,7 @@ Source: the narrow storage is symmetric, with one fp32 scale per token and head,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -98,13 +99,24 @@ class KeyValueCache:
 
     @property
     def key(self) -> Tensor:
-        """(B, S, g, K), rotated; a view unless the storage is narrow."""
+        """(B, S, g, K), as they came; a view unless the storage is narrow."""
         return self._wide(0, self.tokens)[0].transpose(1, 2)
 
     @property
     def value(self) -> Tensor:
         """(B, S, g, K); a view unless the storage is narrow."""
         return self._wide(0, self.tokens)[1].transpose(1, 2)
+
+    def part(self, start: int, end: int) -> KeyValues:
+        """The tokens number start .. end - 1, both (B, end - start, g, K) in the compute dtype; views unless the
+        storage is narrow."""
+        key, value = self._wide(start, end)
+        return KeyValues(key.transpose(1, 2), value.transpose(1, 2))
+
+    def pieces(self, start: int, end: int) -> Iterator[KeyValues]:
+        """The same one after the other: at once where they are views, else never more than 4096 tokens."""
+        step = _BLOCK if self.is_narrow else max(end - start, 1)
+        return (self.part(first, min(first + step, end)) for first in range(start, end, step))
 
     def combine(self, right: KeyValues) -> KeyValueCache:
         """These tokens, then `right`'s, both (B, T, g, K)."""

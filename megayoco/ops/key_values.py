@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 class KeyValues(NamedTuple):
-    """Keys (rotated) and values (B, S, g, K) of the tokens so far; of the last W-1 where a window bounds them.
+    """Keys (rotated, but for memory attention) and values (B, S, g, K) of the tokens so far; of the last W-1 where a
+    window bounds them.
 
     A monoid: `combine` puts the right operand's tokens after the left one's (a window then keeps the `last` W-1);
     S = 0 is the empty element.

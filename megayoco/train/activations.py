@@ -15,6 +15,8 @@ A layer keeps for each token (numbers of w bytes; its input x is the residual st
     retention           8 D/t         q, k, v, output, its norm, g, silu(g), their product
     window              4 D/t         q, k, v, output; before them the W-1 keys and values of the left context
     full                2 D/t + 2 GK/t   the same; with P > 1 the keys and values of all N tokens
+    memory              2 D/t + 3 GK/t   q, output; keys, rotated keys, values
+    block               2 D/t + 2 GK/t   the same without memory: rotated keys, values
     cross               2 D/t         q, output
     shared_kv           D + 2 GK/t    norm, keys, values
 
@@ -36,7 +38,7 @@ from megayoco.model.bands import ROWS, ROWS_CPU
 from megayoco.ops import cross_entropy, retention
 from megayoco.ops.attention_store import KEYS_PER_SLICE, KEYS_PER_SLICE_CUDA
 
-SELF_LAYERS = ("retention", "window", "full")
+SELF_LAYERS = ("retention", "window", "full", "memory", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,12 @@ class Work:
     def kv_dim(self) -> int:
         """Numbers of a shared key on one tensor rank: heads fewer than ranks are replicated."""
         return max(self.model.num_kv_heads // self.tensor, 1) * self.model.head_dim
+
+    @property
+    def memory_kv_dim(self) -> int:
+        """Numbers of a key of memory attention on one tensor rank."""
+        heads, kv_heads = self.model.memory_heads
+        return max(kv_heads // self.tensor, 1) * (self.model.dim // heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +169,11 @@ def block_bytes(work: Work, kind: str, tokens: int) -> float:
         H = model.num_self_heads / t
         kept += rows * (4 * D / t * w + H * 4) + B * reach * 2 * D / t * w
         return kept + _rotary_bytes(work, tokens, model.self_head_dim, 2)
+    if kind in ("memory", "block"):
+        H = model.memory_heads[0] / t
+        tensors = 3 if kind == "memory" else 2
+        kept += rows * (2 * D / t * w + H * 4 + tensors * work.memory_kv_dim * w)
+        return kept + _rotary_bytes(work, tokens, model.dim // model.memory_heads[0], 2)
     H = model.heads / t
     kept += rows * (2 * D / t * w + H * 4) + _rotary_bytes(work, tokens, model.head_dim, 1)
     if kind == "full":
@@ -233,6 +246,8 @@ def mixer_backward_bytes(work: Work, kind: str, tokens: int) -> float:
         return made + pieces * B * H * (3 * C * C + 8 * C * K + 2 * K * K) * work.wide - freed
     # dq in fp32 and in w bytes; dk and dv, on a GPU for every query head
     made += rows * D / t * (work.wide + w)
+    if kind in ("memory", "block"):
+        return made + _memory_backward_bytes(work, kind, tokens) - freed
     keys = tokens * work.sequence
     if kind == "cross" and work.bands > 1:  # the rows see all that stands left of them, a slice at a time
         keys = min(work.length, KEYS_PER_SLICE_CUDA if work.gpu else KEYS_PER_SLICE)
@@ -242,6 +257,19 @@ def mixer_backward_bytes(work: Work, kind: str, tokens: int) -> float:
     if kind == "full" and work.sequence > 1:
         made += B * keys * 2 * work.kv_dim * 2 * work.wide
     return made - freed
+
+
+def _memory_backward_bytes(work: Work, kind: str, tokens: int) -> float:
+    """The sums of the gradients of keys, rotated keys and values, and what one part of them is made of: dq and the
+    gradients of its keys, at most those of a slice of the memory."""
+    model, B, t = work.model, work.batch, work.tensor
+    window = min(model.memory_window or 1, tokens)
+    keys = window
+    if kind == "memory":
+        keys = max(window, min(tokens - window, KEYS_PER_SLICE_CUDA if work.gpu else KEYS_PER_SLICE))
+    part = B * window * model.dim / t * (work.wide + 2 * work.width)
+    part += B * keys * 2 * (model.dim / t if work.gpu else work.memory_kv_dim) * work.width
+    return B * tokens * (3 if kind == "memory" else 2) * work.memory_kv_dim * work.wide + part
 
 
 def loss_bytes(work: Work, tokens: int) -> float:

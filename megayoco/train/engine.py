@@ -93,7 +93,8 @@ class Engine:
         return self.topology.is_first_stage or self.topology.is_last_stage
 
     def begin_phase(self, number: int) -> None:
-        """Take over batch size, micro-batch size, sequence length and rotary base of a phase."""
+        """Take over batch size, micro-batch size, sequence length, rotary base, cross-batch range and bands of a
+        phase."""
         phase = self._run.phases[number]
         engine = self.deepspeed
         engine.set_train_micro_batch_size(phase.micro_batch_size)
@@ -105,6 +106,7 @@ class Engine:
             engine.micro_batch_size = phase.micro_batch_size
             engine.reset_activation_shape()
         self.module.set_rope_theta(self._run.phase_rope_theta(number))
+        self.module.set_cross_batch(phase.cross_batch)
         bands = self._run.phase_bands(number)
         assert bands != "auto"  # the session has chosen
         self._bands = bands

@@ -206,11 +206,14 @@ def block_parameters(model: ModelConfig, kind: str, tensor: int) -> float:
         return D + (0 if model.tie_embeddings else model.vocab_size * D / tensor)
     if kind == "shared_kv":
         return 2 * kv_dim * D + D
+    heads, kv_heads = model.memory_heads
+    memory_dim = max(kv_heads // tensor, 1) * (D // heads)
     mixer = {
         "retention": (5 * D * D + model.num_self_heads * D) / tensor,
         "window": 4 * D * D / tensor,
         "full": 2 * D * D / tensor + 2 * kv_dim * D,
         "cross": 2 * D * D / tensor,
+        **dict.fromkeys(("memory", "block"), 2 * D * D / tensor + 2 * memory_dim * D),
     }[kind]
     return mixer + 3 * D * model.hidden_dim / tensor + 2 * D
 
@@ -231,7 +234,7 @@ def possible_bands(run: RunConfig, number: int, layout: Layout) -> Iterator[int]
     """Numbers of bands that divide this rank's tokens of a sequence into chunks not too small, ascending; 1 always."""
     length, ranks = run.phases[number].sequence_length, layout.sequence
     yield 1
-    if run.model.pattern != "yoco" or length % ranks:
+    if run.model.pattern != "yoco" or run.model.memory_layers or length % ranks:
         return
     tokens = length // ranks
     yield from (n for n in range(2, tokens // SMALLEST_CHUNK + 1) if tokens % n == 0)
@@ -259,6 +262,8 @@ def choose_bands(
     label, length = f"phase {phase_label(run.phases, number)}", run.phases[number].sequence_length
     if run.model.pattern != "yoco":
         return BandChoice(1, f"{label}: 1 (auto; the {run.model.pattern} pattern has no shared keys and values)")
+    if run.model.memory_layers:
+        return BandChoice(1, f"{label}: 1 (auto; layers with memory cannot be trained in bands)")
     gpu = torch.cuda.is_available() if gpu is None else gpu
     room, bands, estimate = AUTO_SHARE * free, 1, None
     for bands in possible_bands(run, number, layout):
@@ -356,9 +361,15 @@ def check_memory(estimate: MemoryEstimate, device: torch.device, local_size: int
 
 
 def _remedy(run: RunConfig | None) -> str:
-    bands = "parallel.bands, " if run is not None and run.model.pattern == "yoco" else ""
+    has_memory = run is not None and bool(run.model.memory_layers)
+    bands = "parallel.bands, " if run is not None and run.model.pattern == "yoco" and not has_memory else ""
+    axes = (
+        "parallel.tensor or parallel.pipeline"
+        if has_memory
+        else ("parallel.tensor, parallel.pipeline or parallel.sequence")
+    )
     return (
-        f"Use more processes with parallel.tensor, parallel.pipeline or parallel.sequence, {bands}a higher ZeRO stage, "
+        f"Use more processes with {axes}, {bands}a higher ZeRO stage, "
         "parallel.activation_checkpointing=true, a smaller micro_batch_size or a smaller model."
     )
 

@@ -131,6 +131,11 @@ def phase_notes(run: RunConfig) -> list[str]:
                 notes.append(f"phase {label}: rope_theta falls from {base:g} to {theta:g} while the context grows")
         if run.model.window is not None and run.model.window >= length:
             notes.append(f"phase {label}: the window of {run.model.window:,} tokens covers sequences of {length:,}")
+        if run.model.memory_window is not None and run.model.memory_window >= length and phase.cross_batch is None:
+            notes.append(
+                f"phase {label}: the memory window of {run.model.memory_window:,} tokens covers sequences of"
+                f" {length:,}; memory layers remember nothing in training"
+            )
         longest = max(longest, length)
     return notes
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from megayoco.config import ModelConfig, RunConfig
 from megayoco.errors import UserError
-from megayoco.model.flops import block_flops, training_flops_per_sequence, visible_pairs
+from megayoco.model.flops import block_flops, block_pairs, training_flops_per_sequence, visible_pairs
 from megayoco.train.activations import Activations, StageBlocks, Work, step_activations
 from megayoco.train.memory import (
     AUTO_SHARE,
@@ -302,9 +302,9 @@ class _Flops(NamedTuple):
     products: float
     """Matrix products over tokens."""
     local: float
-    """Retention and windows."""
+    """Retention, windows and blocks."""
     causal: float
-    """Cross and full attention."""
+    """Cross, full and memory attention."""
 
 
 def _executed_flops(work: Work, stage: StageBlocks) -> _Flops:
@@ -314,7 +314,7 @@ def _executed_flops(work: Work, stage: StageBlocks) -> _Flops:
         product, pairs = _forward_flops(work.model, kind, work.length)
         runs = forward_runs(work, stage, kind) + (1.0 if is_recomputed(work, kind) else 0.0)
         products += share * product * (runs + 2)
-        if kind in ("cross", "full"):
+        if kind in ("cross", "full", "memory"):
             causal += share * pairs * (runs + 2.5)
         else:
             local += share * pairs * (runs + 2.5)
@@ -326,10 +326,12 @@ def _forward_flops(model: ModelConfig, kind: str, length: int) -> tuple[float, f
     """Operations of one block's forward over a sequence: matrix products over tokens, and the rest."""
     kinds = ["embedding", *model.layer_pattern(), "head"]
     total = _block_flops(model, length)[kinds.index(kind)]
-    if kind in ("cross", "full"):
+    if kind in ("cross", "full", "memory"):
         rest = 4 * model.dim * visible_pairs(length)
     elif kind == "window":
         rest = 4 * model.dim * visible_pairs(length, model.window)
+    elif kind == "block":
+        rest = 4 * model.dim * block_pairs(length, model.memory_window)
     elif kind == "retention":
         per_token = 10 * model.dim**2 + 2 * model.dim * model.num_self_heads + 6 * model.dim * model.hidden_dim
         rest = total - per_token * length

@@ -21,6 +21,8 @@ from megayoco.parallel.shards import Shard
 
 FREE = ("preset", "rope_theta")
 """Fields in which the run may differ from the weights it starts with: a longer context has another rotary base."""
+MEMORY = ("memory_layers", "memory_window")
+"""So may these in the LLaMA pattern: memory attention has the parameters of full attention."""
 
 
 def load_run(path: str, overrides: list[str]) -> RunConfig:
@@ -47,9 +49,10 @@ def read_start(folder: str) -> Weights:
 
 def check_start(weights: Weights, model: ModelConfig) -> None:
     """Raises UserError unless the weights are of this model. (That they are those of their own config is checked.)"""
+    free = (*FREE, *MEMORY) if model.pattern == "llama" else FREE
     given, asked = model_config_to_dict(weights.model), model_config_to_dict(_resolved(model))
     for key, value in model_config_to_dict(_resolved(weights.model)).items():
-        if key not in FREE and asked[key] != value:
+        if key not in free and asked[key] != value:
             raise UserError(
                 f"model.{key} is {asked[key]!r}, in model.init_from {model.init_from} it is {given[key]!r}. Leave the"
                 " shape out of the config: it is taken from there."

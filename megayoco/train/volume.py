@@ -83,9 +83,11 @@ def _add_tensor(sent: defaultdict[str, float], work: Work, kind: str, runs: floa
     else:
         sent["tensor/output"] += (2 * runs + again) * x
         sent["tensor/gradient"] += 2 * x
-    replicas = work.tensor // work.model.num_kv_heads
-    if kind in ("shared_kv", "full") and replicas > 1:
-        weights = 2 * work.kv_dim * work.model.dim * work.width
+    remembers = kind in ("memory", "block")
+    kv_heads = work.model.memory_heads[1] if remembers else work.model.num_kv_heads
+    replicas = work.tensor // kv_heads
+    if (remembers or kind in ("shared_kv", "full")) and replicas > 1:
+        weights = 2 * (work.memory_kv_dim if remembers else work.kv_dim) * work.model.dim * work.width
         sent["tensor/weight_gradient"] += work.bands * weights * 2 * (replicas - 1) / replicas
 
 

@@ -110,6 +110,24 @@ def test_what_is_there_is_not_replaced_unless_told(tmp_path, name):
         write_weights(tmp_path / "f", name, first, overwrite=True)
 
 
+@pytest.mark.parametrize("model", ["longllama", "memory"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_memory_layers_are_kept_or_refused(tmp_path, name, model):
+    weights = random_weights(model)
+    if name == "megayoco":
+        write_weights(tmp_path / "f", name, weights)
+        found = read_weights(tmp_path / "f")
+        assert_same(found, weights)
+        assert (found.model.memory_layers, found.model.memory_window) == (
+            weights.model.memory_layers,
+            weights.model.memory_window,
+        )
+        return
+    with pytest.raises(UserError, match=r"has no memory layers|is no LLaMA|has no pattern|halves of equal depth"):
+        write_weights(tmp_path / "f", name, weights)
+    assert not (tmp_path / "f").exists()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_conversion_that_fails_half_way_leaves_nothing(tmp_path, name):
     weights = random_weights("llama" if name == "llama" else "retention")

@@ -133,6 +133,7 @@ def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path):
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"attention_bias": True}, "attention_bias is true; our layers have no bias"),
         ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"mem_layers": [1]}, "mem_layers is [1]; a LLaMA has no memory layers"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
         ({"head_dim": 16}, "head_dim is 16; our heads have hidden_size / num_attention_heads = 8"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8}}, "rope_parameters scales"),

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megayoco.config import ModelConfig, ParallelConfig
+from megayoco.config import CrossBatchConfig, ModelConfig, ParallelConfig
 from megayoco.model.decoder import build_decoder
 from megayoco.model.parameters import canonical_parameters, gather_canonical, shards_of
 from megayoco.model.pipeline import build_pipeline
@@ -37,6 +37,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     documents: bool = True
     tokens: int = 24
+    cross_batch: CrossBatchConfig | None = None
 
     def __str__(self) -> str:
         data = self.world // (self.tensor * self.pipeline * self.sequence)
@@ -44,6 +45,8 @@ class Case:
         parts = [f"{name}{size}" for name, size in axes if size > 1]
         parts += [f"zero{self.zero}"] if self.dtype == torch.float32 else []
         parts += [self.order] * (self.order != "fused")
+        if self.cross_batch is not None:
+            parts += [f"range{self.cross_batch.range}"]
         parts += [f"micro{self.micro_batch}"] + ["checkpointing"] * self.checkpointing
         return "-".join(parts)
 
@@ -57,6 +60,10 @@ def model_config(name: str) -> ModelConfig:
     shape: dict[str, Any] = dict(dim=32, layers=4, hidden_dim=48, heads=4, kv_heads=2, vocab_size=VOCAB)
     if name == "llama":
         return ModelConfig(pattern="llama", **shape)
+    if name == "longllama":
+        return ModelConfig(pattern="llama", memory_layers=(1, 3), memory_window=6, **shape)
+    if name == "yoco-memory":
+        return ModelConfig(self_heads=4, self_layers=3, memory_layers=(1,), memory_window=6, **shape)
     if name == "yoco-window":
         return ModelConfig(self_mixer="window", window=5, self_heads=4, **shape)
     if name == "yoco-wide":  # a window of several chunks of every layout
@@ -83,13 +90,23 @@ def packed_batch(rows: int = 8, tokens: int = 24) -> tuple[Tensor, Tensor, Tenso
 
 
 def one_process(
-    model: str, batch: tuple[Tensor, ...], dtype: torch.dtype, documents: bool
+    model: str,
+    batch: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    documents: bool,
+    cross_batch: CrossBatchConfig | None = None,
+    micro_batch: int | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and every gradient of one pass over the whole batch."""
-    tokens, targets, starts = batch
+    """Loss and every gradient of one pass over the whole batch; by micro-batches of so many rows where rows of one see
+    one another."""
     decoder = build_decoder(model_config(model), None, seed=SEED, dtype=dtype)
-    loss_sum, count = decoder(tokens, targets, starts if documents else None)
-    loss = loss_sum / count
+    decoder.set_cross_batch(cross_batch)
+    rows = batch[0].shape[0]
+    total = (batch[1] != -100).sum()
+    loss = torch.zeros((), dtype=dtype)
+    for first in range(0, rows, micro_batch or rows):
+        tokens, targets, starts = (part[first : first + (micro_batch or rows)] for part in batch)
+        loss = loss + decoder(tokens, targets, starts if documents else None)[0] / total
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in canonical_parameters(decoder).items()}
 
@@ -115,6 +132,7 @@ def _run_plain(config: ModelConfig, case: Case, topology: Topology, micro_batche
     """Without DeepSpeed, whose engine does not reduce float64 gradients."""
     decoder = build_decoder(config, topology, seed=SEED, dtype=case.dtype, activation_checkpointing=case.checkpointing)
     decoder.set_bands(case.bands, case.order)
+    decoder.set_cross_batch(case.cross_batch)
     loss = torch.zeros((), dtype=case.dtype)
     for micro_batch in micro_batches:
         part = decoder(*micro_batch)[0] / total
@@ -167,6 +185,7 @@ def _run_zero(config: ModelConfig, case: Case, topology: Topology, micro_batches
 
     decoder = build_decoder(config, topology, seed=SEED, dtype=case.dtype, activation_checkpointing=case.checkpointing)
     decoder.set_bands(case.bands, case.order)
+    decoder.set_cross_batch(case.cross_batch)
     optimizer = torch.optim.AdamW(decoder.parameters())
     engine, *_ = deepspeed.initialize(
         model=decoder,
@@ -223,6 +242,7 @@ def _run_pipeline(config: ModelConfig, case: Case, topology: Topology, micro_bat
         documents=case.documents,
     )
     module.set_bands(case.bands, case.order)
+    module.set_cross_batch(case.cross_batch)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=torch.optim.AdamW(module.parameters()),

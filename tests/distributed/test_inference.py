@@ -64,6 +64,9 @@ def on_a_rank(name, tensor, pipeline):
         ("llama", "tensor-4"),
         ("llama", "pipeline-2"),
         ("llama", "both"),
+        ("longllama", "tensor-4"),
+        ("longllama", "both"),
+        ("memory", "pipeline-2"),
     ],
 )
 def test_every_rank_says_what_one_process_says(workers, name, layout):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megayoco.config import CrossBatchConfig
 from megayoco.model.decoder import build_decoder
 from megayoco.model.parameters import canonical_parameters
 from tests.distributed.steps import (
@@ -93,9 +94,31 @@ FP32 = each(
 )
 
 
+_PLAIN: dict[str, Any] = dict(documents=False)
+_CROSS: dict[str, Any] = dict(documents=False, cross_batch=CrossBatchConfig(range=5))
+
+MEMORY = [
+    ("longllama", Case(world=2, tensor=2, **_CROSS)),
+    ("longllama", Case(world=4, tensor=4, micro_batch=4, checkpointing=True, **_CROSS)),
+    ("longllama", Case(world=2, pipeline=2, micro_batch=4, checkpointing=True, **_CROSS)),
+    ("longllama", Case(world=4, pipeline=2, **_CROSS)),
+    ("longllama", Case(world=2, micro_batch=4, checkpointing=True, **_CROSS)),
+    ("longllama", Case(world=4, tensor=2, pipeline=2, **_PLAIN)),
+    ("yoco-memory", Case(world=4, tensor=4, **_PLAIN)),
+    ("yoco-memory", Case(world=4, tensor=2, pipeline=2, micro_batch=4, **_CROSS)),
+]
+
+MEMORY_FP32 = [
+    *(Case(world=2, zero=stage, dtype=torch.float32, **_CROSS) for stage in (0, 1, 2, 3)),
+    Case(world=4, pipeline=2, zero=1, dtype=torch.float32, **_CROSS),
+    Case(world=4, tensor=2, zero=3, dtype=torch.float32, checkpointing=True, **_CROSS),
+]
+
+
 def check(workers: Workers, model: str, case: Case, loss_tolerance: float, tolerance: float) -> None:
     data = packed_batch(tokens=case.tokens)
-    loss, wanted = one_process(model, data, case.dtype, case.documents)
+    rows = None if case.cross_batch is None else case.micro_batch
+    loss, wanted = one_process(model, data, case.dtype, case.documents, case.cross_batch, rows)
     results = workers.run(parallel_step, model, case, data, world=case.world)
     for rank, (got_loss, _) in enumerate(results):
         assert got_loss == pytest.approx(loss, rel=loss_tolerance), f"rank {rank}"
@@ -109,6 +132,17 @@ def check(workers: Workers, model: str, case: Case, loss_tolerance: float, toler
 @FLOAT64
 def test_float64_loss_and_every_gradient_equal_one_process(workers: Workers, model: str, case: Case) -> None:
     check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-9)
+
+
+@pytest.mark.parametrize(("model", "case"), MEMORY, ids=str)
+def test_float64_of_memory_layers_equals_one_process(workers: Workers, model: str, case: Case) -> None:
+    """Samples of four windows, some of which see those of other samples of the same micro-batch."""
+    check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("case", MEMORY_FP32, ids=str)
+def test_fp32_of_memory_layers_equals_one_process(workers: Workers, case: Case) -> None:
+    check(workers, "longllama", case, loss_tolerance=1e-6, tolerance=1e-5)
 
 
 @SEQUENCE

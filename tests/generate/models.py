@@ -18,6 +18,8 @@ MODELS = {
     "window": ModelConfig(**SHAPE, self_mixer="window", window=7, tie_embeddings=True),
     "uneven": ModelConfig(**SHAPE, self_layers=1, rope_theta=5e5),
     "llama": ModelConfig(**SHAPE, pattern="llama"),
+    "longllama": ModelConfig(**SHAPE, pattern="llama", memory_layers=(1, 2), memory_window=5),
+    "memory": ModelConfig(**SHAPE, self_heads=2, self_layers=3, memory_layers=(1,), memory_window=4),
 }
 
 

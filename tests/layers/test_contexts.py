@@ -27,9 +27,17 @@ from megayoco.ops.retention import RetentionState, combine
 
 B, HEADS, DIM, WINDOW = 2, 2, 4, 4
 MODEL = ModelConfig(
-    dim=HEADS * DIM, layers=2, hidden_dim=4, heads=HEADS, vocab_size=4, self_mixer="window", window=WINDOW
+    dim=HEADS * DIM,
+    layers=2,
+    hidden_dim=4,
+    heads=HEADS,
+    vocab_size=4,
+    self_mixer="window",
+    window=WINDOW,
+    memory_layers=(0,),
+    memory_window=WINDOW,
 )
-KINDS = ("retention", "window", "full", "shared_kv", "cross")
+KINDS = ("retention", "window", "full", "memory", "block", "shared_kv", "cross")
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -72,7 +80,7 @@ class Sequence:
         if kind == "retention":
             parts = [random(seed, B, HEADS, DIM, DIM), -random(seed + 1, B, HEADS).abs()]
             return RetentionState(*(x.requires_grad_() for x in parts))
-        kept = min(self.before, WINDOW - 1) if kind == "window" else self.before
+        kept = {"window": min(self.before, WINDOW - 1), "block": self.before % WINDOW}.get(kind, self.before)
         kept += self.tokens if kind == "cross" else 0
         return KeyValues(*(random(seed + i, B, kept, HEADS, DIM).requires_grad_() for i in range(2)))
 
@@ -89,6 +97,7 @@ def sequences(draw: st.DrawFn) -> Sequence:
 def fold(kind: str, module: Any, sequence: Sequence, lengths: tuple[int, ...]) -> list[Tensor]:
     """Outputs, right context and every gradient of a fold over chunks of these lengths."""
     x, starts = random(7, B, sequence.tokens, MODEL.dim).requires_grad_(), sequence.starts()
+    starts = None if kind in ("memory", "block") else starts  # they have no borders
     left = context = sequence.left(kind, 8)
     outputs, first = [], 0
     for length in lengths:

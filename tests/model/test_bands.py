@@ -252,5 +252,5 @@ def test_tokens_that_do_not_divide_are_refused() -> None:
 
 def test_bands_need_shared_keys_and_values() -> None:
     model = build_decoder(ModelConfig(pattern="llama", dim=8, layers=1, hidden_dim=8, heads=2, vocab_size=8), None)
-    with pytest.raises(ValueError, match="2 bands for a model whose layers share no keys and values"):
+    with pytest.raises(ValueError, match="2 bands for a model with layers whose keys and values grow"):
         model.set_bands(2)

@@ -4,7 +4,14 @@ import pytest
 
 from megayoco.config import ModelConfig
 from megayoco.model import flops
-from megayoco.model.flops import flops_per_sequence, forward_flops, training_flops_per_sequence, visible_pairs
+from megayoco.model.flops import (
+    block_flops,
+    block_pairs,
+    flops_per_sequence,
+    forward_flops,
+    training_flops_per_sequence,
+    visible_pairs,
+)
 
 SHAPE = {"dim": 8, "layers": 3, "hidden_dim": 12, "heads": 4, "kv_heads": 2, "vocab_size": 10}
 
@@ -36,6 +43,26 @@ def test_yoco_with_window_by_hand():
         "feed_forward": 3 * 5 * 2 * 3 * 8 * 12,
         "head": 5 * 2 * 8 * 10,
     }
+
+
+def test_memory_and_windows_by_hand():
+    # 5 tokens in windows of 2: the memory layer sees all 15 pairs, the others 3 + 3 + 1
+    parts = forward_flops(ModelConfig(**SHAPE, pattern="llama", memory_layers=(1,), memory_window=2), 5)
+    projections = 5 * 2 * (2 * 64 + 2 * 32)
+    assert parts["memory"] == projections + 15 * 2 * (8 + 8)
+    assert parts["block"] == 2 * (projections + 7 * 2 * (8 + 8))
+    assert block_flops(ModelConfig(**SHAPE, pattern="llama", memory_layers=(1,), memory_window=2), 5)[2] == (
+        parts["memory"] + parts["feed_forward"] // 3
+    )
+    # in a self-decoder with its own heads: as many key-value heads as query heads
+    yoco = ModelConfig(**SHAPE, self_heads=2, self_layers=2, memory_layers=(1,), memory_window=2)
+    assert forward_flops(yoco, 5)["memory"] == 5 * 2 * 4 * 64 + 15 * 2 * (8 + 8)
+
+
+@pytest.mark.parametrize(("length", "block", "pairs"), [(6, 3, 12), (7, 3, 13), (2, 3, 3), (4, 1, 4)])
+def test_pairs_within_blocks_counted_one_by_one(length, block, pairs):
+    assert block_pairs(length, block) == pairs
+    assert pairs == sum(i // block == j // block for i in range(length) for j in range(i + 1))
 
 
 @pytest.mark.parametrize(

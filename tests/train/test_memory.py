@@ -37,6 +37,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "retention": dict(SHAPE, self_heads=2),
     "window": dict(SHAPE, self_mixer="window", window=96),
     "llama": dict(SHAPE, pattern="llama"),
+    "longllama": dict(SHAPE, pattern="llama", memory_layers=(1, 3), memory_window=256),
+    "memory": dict(SHAPE, self_heads=2, self_layers=3, memory_layers=(1,), memory_window=128),
 }
 FP32: dict[str, Any] = {"zero_optimization": {"stage": 0}}
 
@@ -277,7 +279,11 @@ def test_impossible_memory_is_refused_with_need_and_capacity(monkeypatch: pytest
     check_memory(need, torch.device("cpu"), 1)
     with pytest.raises(UserError, match=r"5\.0 GiB per process.*has 8\.0 GiB free.*has 4\.0 GiB.*parallel.tensor"):
         check_memory(need, torch.device("cpu"), 2)
-    for model, helps in (("retention", True), ("llama", False)):  # a chunk that cannot fit: cut it once more
+    for model, helps in (
+        ("retention", True),
+        ("llama", False),
+        ("memory", False),
+    ):  # a chunk that cannot fit: cut it once more
         with pytest.raises(UserError) as error:
             check_memory(need, torch.device("cpu"), 2, run_config(model))
         assert ("parallel.bands" in str(error.value)) == helps
@@ -310,6 +316,9 @@ def test_auto_cuts_what_one_rank_owns() -> None:
 def test_auto_is_one_without_shared_keys_and_values() -> None:
     choice = choose_bands(run_config("llama", length=2**20, bands="auto"), 0, FP32, layout(), 1.0)
     assert choice.bands == 1 and "llama" in choice.line
+    choice = choose_bands(run_config("memory", length=2**20, bands="auto"), 0, FP32, layout(), 1.0)
+    assert choice.bands == 1 and "memory" in choice.line
+    assert list(possible_bands(run_config("memory", length=2**20), 0, layout())) == [1]
 
 
 def test_auto_of_every_phase_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,3 +102,5 @@ def test_unusual_courses_of_length_and_rotary_base_are_told():
     assert first == ["phase 0: optimizer_state reset means nothing in the first phase"]
     window = notes((64, None), self_mixer="window", window=64)
     assert window == ["phase 0: the window of 64 tokens covers sequences of 64"]
+    memory = notes((64, None), (128, 5e4), memory_layers=(0,), memory_window=64)
+    assert len(memory) == 1 and "phase 0: the memory window of 64 tokens covers sequences of 64" in memory[0]

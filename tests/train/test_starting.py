@@ -52,6 +52,23 @@ def test_another_shape_is_refused(folder, change, message):
         check_start(read_start(folder), dataclasses.replace(MODEL, init_from=folder, **change))
 
 
+def test_a_llama_may_get_a_memory(tmp_path):
+    llama = dataclasses.replace(MODEL, pattern="llama")
+    tensors = {name: torch.randn(shape) for name, shape in tensor_shapes(llama).items()}
+    folder = str(tmp_path / "llama")
+    write_export(folder, llama, tensors, build_tokenizer("ByteTokenizer"))
+    run = load_run(config(tmp_path, init_from=folder, memory_layers=[1], memory_window=4), [])
+    assert run.model.layer_pattern() == ["block", "memory"]
+    assert tensor_shapes(run.model) == tensor_shapes(llama)
+    check_start(read_start(folder), run.model)
+
+
+def test_a_yoco_may_not(folder):
+    model = dataclasses.replace(MODEL, init_from=folder, memory_layers=(0,), memory_window=4)
+    with pytest.raises(UserError, match=r"model.memory_layers is \[0\], in model.init_from .* it is \[\]"):
+        check_start(read_start(folder), model)
+
+
 def test_a_folder_that_is_not_there_is_told_with_the_key(tmp_path):
     with pytest.raises(UserError, match=r"model.init_from: nowhere does not exist"):
         load_run(config(tmp_path, init_from="nowhere"), [])

@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+from megayoco.config import CrossBatchConfig
+from megayoco.convert.export import read_export
 from megayoco.data.indexed_writer import IndexedWriter
 from megayoco.data.tokenizer import build_tokenizer
 
@@ -325,6 +327,7 @@ def test_a_save_that_fails_is_one_line_and_costs_no_earlier_checkpoint(
         (["parallel.tensor=2"], "1 processes cannot be split"),
         (["model.dim=8388608", "model.hidden_dim=8388608"], "The run needs about"),
         (["model.dimm=8"], "model.dimm"),
+        (["model.memory_layers=[0]", "model.memory_window=16"], "data.document_mask hides documents from one another"),
         (["--zero-stage", "2"], "--zero-stage"),
         (["--deepspeed_config", "nowhere.json"], "nowhere.json"),
         (["--resume", "--overwrite"], "exclude each other"),
@@ -350,6 +353,35 @@ def test_overwrite_keeps_the_old_run_if_the_new_one_is_refused(train, tmp_path):
 
 def losses(directory):
     return [row["loss"] for row in metrics(directory) if "loss" in row]
+
+
+def test_cross_batch_training_is_a_matter_of_a_phase(train, tmp_path, monkeypatch):
+    """The first phase has it, the second has not; validation and the export never have."""
+    from megayoco.layers.memory_attention import MemoryAttention
+
+    seen = set()
+    whole = MemoryAttention.forward
+
+    def noted(self, x, positions, left):
+        seen.add((x.shape[1], self.training, self.cross_batch))
+        return whole(self, x, positions, left)
+
+    monkeypatch.setattr(MemoryAttention, "forward", noted)
+    output, cross_batch = tmp_path / "out", CrossBatchConfig(range=2)
+    result = train(
+        output,
+        *("model.self_mixer=retention", "model.window=null", "model.memory_layers=[0]", "model.memory_window=16"),
+        *("data.document_mask=false", "phases.0.cross_batch.range=2"),
+    )
+    assert result.code == 0, result.err
+    assert {(length, cross) for length, training, cross in seen if training} == {(32, cross_batch), (64, None)}
+    assert losses(output)[-1] < losses(output)[0] - 0.5
+    again = train(output / "again", "--config", str(output / "config.yaml"), "phases.0.cross_batch=null")
+    assert again.code == 0, again.err
+    first, other = (losses(folder)[0] for folder in (output, output / "again"))
+    assert first != other and first == pytest.approx(other, rel=0.1)
+    model = read_export(output / "export").model
+    assert (model.memory_layers, model.memory_window) == ((0,), 16)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

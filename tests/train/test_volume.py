@@ -24,6 +24,7 @@ CASES = [
     ("yoco-wide", Case(world=4, sequence=4, micro_batch=1)),
     ("llama", Case(world=4, tensor=2, sequence=2, checkpointing=True)),
     ("yoco-retention", Case(world=4, pipeline=2, sequence=2, bands=4)),
+    ("longllama", Case(world=4, tensor=4, documents=False)),
 ]
 
 

@@ -1,0 +1,166 @@
+"""Memory attention (LongLLaMA): a causal window, and a memory of everything before it, in one softmax.
+
+Shapes: B batch, T tokens of the chunk, S tokens so far (the chunk's included), D model dim, H query heads, G key-value
+        heads, K head dim, W window; h and g count the heads of one tensor rank.
+Windows: index // W, counted from a row's first token. A query sees the tokens of its window up to itself, keys rotated
+        by their places in the window, and with a memory all tokens of earlier windows, keys not rotated; the query is
+        rotated by its place in the window for both.
+Left context: KeyValues, both (B, S - T, g, K), keys *not* rotated. With a memory of all tokens so far, which inference
+        keeps in a KeyValueCache; without, of those of the window that the chunk begins in.
+Source: Focused Transformer, arXiv 2307.03170, and the released code of LongLLaMA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megayoco.config import CrossBatchConfig
+from megayoco.layers.context import KeyValues, Positions, Rotary
+from megayoco.layers.linear import Builder, ColumnLinear, Init, KeyValueLinear, RowLinear
+from megayoco.ops.key_value_cache import KeyValueCache
+from megayoco.ops.memory_attention import (
+    Segment,
+    cross_batch_segments,
+    memory_attention,
+    memory_attention_over_cache,
+    window_segments,
+)
+from megayoco.parallel.collectives import sum_gradient
+
+
+class MemoryAttention(nn.Module):
+    """(x, positions, left) -> (y, right), with `remembers` False the same without memory: attention inside windows.
+
+    Rows that begin with padding (a document of its own in front of the row's) count windows from their first token.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        memory_window: int,
+        remembers: bool,
+        rotary: Rotary,
+        name: str,
+        init: Init,
+        builder: Builder,
+    ) -> None:
+        super().__init__()
+        if builder.sequence is not None:
+            raise ValueError("memory attention cannot share a sequence over ranks")
+        self.head_dim = dim // heads
+        self.local_kv_heads = max(kv_heads // builder.ranks, 1)
+        self.memory_window = memory_window
+        self.remembers = remembers
+        self.window = None if remembers else memory_window
+        """Tokens that a context never exceeds; None: it grows."""
+        self.rotary = rotary
+        self.group = builder.group
+        self.cross_batch: CrossBatchConfig | None = None
+        """What the memory is in training (module.training); None: the windows before in the same sequence."""
+        self.q_proj = ColumnLinear(dim, dim, f"{name}.q_proj", init, builder)
+        self.k_proj = KeyValueLinear(dim, kv_heads, self.head_dim, f"{name}.k_proj", init, builder)
+        self.v_proj = KeyValueLinear(dim, kv_heads, self.head_dim, f"{name}.v_proj", init, builder)
+        self.out_proj = RowLinear(dim, dim, f"{name}.out_proj", init, builder)
+
+    def empty_context(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
+        """The context of a sequence's first chunk."""
+        return KeyValues.empty(batch_size, self.local_kv_heads, self.head_dim, dtype, device)
+
+    def forward(
+        self, x: Tensor, positions: Positions, left: KeyValues | KeyValueCache
+    ) -> tuple[Tensor, KeyValues | KeyValueCache]:
+        """Raises ValueError for documents that are no padding, gaps between the tokens, or a context that lacks some;
+        with cross-batch training for anything but whole sequences that are multiples of W."""
+        positions.once("begins with padding at most", lambda: _check(positions))
+        x = sum_gradient(x, self.group)
+        places = positions.once(("places", self.memory_window), lambda: Positions(positions.index % self.memory_window))
+        q_BThK = self.rotary(self.q_proj(x), places)
+        k_BTgK, v_BTgK = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        own = KeyValues(k_BTgK, v_BTgK)
+        if self.cross_batch is not None and self.training and isinstance(left, KeyValues):
+            y_BThK = self._across_batch(q_BThK, own, places, positions, left, self.cross_batch)
+            return self.out_proj(y_BThK.flatten(2)), own
+        seen = left.combine(own)
+        y_BThK = self._attend(q_BThK, seen, positions)
+        right = seen
+        if not self.remembers and isinstance(seen, KeyValues):
+            right = seen.last(
+                positions.once(("open", self.memory_window), lambda: _open(positions, self.memory_window))
+            )
+        return self.out_proj(y_BThK.flatten(2)), right
+
+    def _attend(self, q_BThK: Tensor, seen: KeyValues | KeyValueCache, positions: Positions) -> Tensor:
+        T, W, scale = q_BThK.shape[1], self.memory_window, self.head_dim**-0.5
+        S = seen.tokens if isinstance(seen, KeyValueCache) else seen.key.shape[1]
+        segments = positions.once(
+            ("segments", W, self.remembers, S), lambda: _segments(positions, T, S, W, self.remembers)
+        )
+        first = min(segment.local.start for segment in segments)
+        places = positions.once(("key places", W, S, first), lambda: _key_places(positions, T, S, W, first))
+        if isinstance(seen, KeyValueCache):
+            rotated = self.rotary(seen.part(first, S).key.flatten(2), places)
+            return memory_attention_over_cache(q_BThK, rotated, seen, segments, scale)
+        rotated = self.rotary(seen.key[:, first:].flatten(2), places)
+        return memory_attention(q_BThK, rotated, seen.key if self.remembers else None, seen.value, segments, scale)
+
+    def _across_batch(
+        self,
+        q_BThK: Tensor,
+        own: KeyValues,
+        places: Positions,
+        positions: Positions,
+        left: KeyValues,
+        cross_batch: CrossBatchConfig,
+    ) -> Tensor:
+        """Cross-batch training: the sequences of the micro-batch as one, laid end to end."""
+        (B, T), W = q_BThK.shape[:2], self.memory_window
+
+        def plan() -> list[Segment]:
+            if left.key.shape[1] or int(positions.index.min()) != 0:
+                raise ValueError("cross-batch training takes whole sequences: no context, and no padding, before them")
+            return cross_batch_segments(B, T, W, cross_batch.range, cross_batch.stepping)
+
+        segments = positions.once(("cross batch", B, W, cross_batch, left.key.shape[1]), plan)
+        rotated = self.rotary(own.key.flatten(2), places)
+        q, rotated, key, value = (x.reshape(1, B * T, *x.shape[2:]) for x in (q_BThK, rotated, *own))
+        return memory_attention(q, rotated, key, value, segments, self.head_dim**-0.5).view_as(q_BThK)
+
+
+def _check(positions: Positions) -> bool:
+    if not positions.consecutive:
+        raise ValueError("memory attention needs all tokens of a chunk, one after the other")
+    if positions.start is not None and bool((positions.start > 0).any()):
+        raise ValueError("memory attention has no document borders: data.document_mask cannot be used with it")
+    return True
+
+
+def _segments(positions: Positions, queries: int, keys: int, window: int, remembers: bool) -> list[Segment]:
+    """Of all rows; neighbours that begin at the same index share theirs."""
+    firsts: Any = positions.once("firsts", lambda: positions.index[..., 0].tolist())
+    if isinstance(firsts, int):
+        return window_segments(firsts, queries, keys, window, remembers=remembers)
+    segments, row = [], 0
+    while row < len(firsts):
+        end = row + 1
+        while end < len(firsts) and firsts[end] == firsts[row]:
+            end += 1
+        batch = slice(row, end)
+        segments += window_segments(firsts[row], queries, keys, window, remembers=remembers, batch=batch)
+        row = end
+    return segments
+
+
+def _key_places(positions: Positions, queries: int, keys: int, window: int, first: int) -> Positions:
+    """Places in their windows of the keys number first .. keys - 1, the last of which are the chunk's own."""
+    number = torch.arange(first, keys, device=positions.index.device)
+    return Positions((positions.index[..., :1] - (keys - queries) + number) % window)
+
+
+def _open(positions: Positions, window: int) -> int:
+    """Tokens of the window that the next token falls into, the most of all rows."""
+    return int(((positions.index[..., -1] + 1).clamp(min=0) % window).max())

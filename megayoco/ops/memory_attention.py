@@ -1,0 +1,275 @@
+"""Attention inside windows and over a memory of everything before them: one softmax over both.
+
+The windows are a fixed grid: a query sees the keys of its own window up to its own, rotated by their places in the
+window, and remembered keys without rotation, whatever their distance. So the scores are cut into segments: some queries
+of one window, the keys of that window that they may see, and the keys that they remember. Local and remembered part of
+a segment are merged by their log-sum-exp; the backward of each is given the merged output and log-sum-exp, which makes
+its gradients exact (attention_parts.py). Nothing is padded, masked or copied, the memory least of all.
+
+Shapes: B batch, T queries of the chunk, S keys so far (the chunk's last), L the last of them, which queries see as
+        local keys, H query heads, G key-value heads, K head dim, W window. Keys are counted from 0 to S - 1.
+Source: Focused Transformer (LongLLaMA), arXiv 2307.03170; cross-batch ranges as in its released code for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megayoco.ops.attention import causal_parts
+from megayoco.ops.attention_parts import Part, Rows, backward_by_parts, dense_heads, forward_by_parts
+from megayoco.ops.attention_store import KEYS_PER_SLICE, KEYS_PER_SLICE_CUDA
+from megayoco.ops.backends import attention_backend
+from megayoco.ops.key_value_cache import KeyValueCache
+
+NOTHING = slice(0, 0)
+
+Remembered = Callable[[slice, slice], Iterable[tuple[Tensor, Tensor]]]
+"""(batch entries, key numbers) -> keys and values (B', S', G, K) of these, piece by piece."""
+
+
+class Segment(NamedTuple):
+    """Queries of one window and the keys that they see."""
+
+    rows: slice
+    """Queries of the chunk."""
+    local: slice
+    """Keys of the window; its last ones are the queries' own, so the mask is causal and aligned bottom-right."""
+    memory: slice
+    """Keys that all of the queries remember."""
+    batch: slice = slice(None)
+
+
+def window_segments(
+    first: int, queries: int, keys: int, window: int, *, remembers: bool, batch: slice = slice(None)
+) -> list[Segment]:
+    """The segments of a chunk that sees the sequence before it.
+
+    Args:
+        first: index in the sequence of the chunk's first token; below 0 is padding, which sees padding only.
+        queries, keys: T and S.
+        window: W; windows begin at the indices 0, W, 2 W, ...
+        remembers: whether a query sees the windows before its own.
+        batch: the entries of the batch that this holds for.
+
+    Raises:
+        ValueError: keys that a query sees are not there.
+    """
+    end, origin = first + queries, keys - queries - first  # the number of the key at index 0
+    segments, index = [], first
+    if index < 0:
+        index = min(0, end)
+        segments.append(Segment(slice(0, index - first), slice(origin + first, origin + index), NOTHING, batch))
+    while index < end:
+        begin = index // window * window
+        stop = min(begin + window, end)
+        earliest = origin if remembers else origin + begin
+        if earliest < 0:
+            raise ValueError(f"the context of {keys - queries} tokens before index {first} lacks {-earliest} of them")
+        memory = slice(origin, origin + begin) if remembers and begin else NOTHING
+        segments.append(
+            Segment(slice(index - first, stop - first), slice(origin + begin, origin + stop), memory, batch)
+        )
+        index = stop
+    return segments
+
+
+def cross_batch_segments(samples: int, length: int, window: int, reach: int, stepping: bool) -> list[Segment]:
+    """The segments of cross-batch training, for `samples` sequences of `length` tokens laid end to end.
+
+    Window number i of all sees the windows i - 1, ..., i - (n_i - 1) before it, of its own sequence and of others, with
+    n_i as in the released code (FoT, "cross-batch"): n = reach + 1; with stepping and k > 1 windows per sequence at
+    most (i mod k) ceil(n / (k - 1)) + 1; never more than there are.
+
+    Raises:
+        ValueError: length is no multiple of window.
+    """
+    if length % window:
+        raise ValueError(f"sequences of {length} tokens are no packs of windows of {window}")
+    pack = length // window
+    segments = []
+    for i in range(samples * pack):
+        seen = reach
+        if stepping and pack > 1:
+            seen = min(i % pack * -(-(reach + 1) // (pack - 1)), reach)
+        seen = min(seen, i)
+        own = slice(i * window, (i + 1) * window)
+        segments.append(Segment(own, own, slice((i - seen) * window, i * window) if seen else NOTHING))
+    return segments
+
+
+def memory_attention(
+    q: Tensor, rotated: Tensor, key: Tensor | None, value: Tensor, segments: Sequence[Segment], scale: float
+) -> Tensor:
+    """Softmax attention by segments, differentiable in q, rotated, key and value.
+
+    Args:
+        q: (B, T, H, K), rotated by the places in the windows; query head h reads key-value head h // (H // G).
+        rotated: (B, L, G, K), the keys number S - L .. S - 1 rotated by their places in the windows.
+        key: (B, S, G, K) without rotation. None where nothing is remembered.
+        value: (B, S, G, K).
+        segments: every query in exactly one.
+        scale: factor of the scores.
+
+    Returns:
+        (B, T, H, K) in q's dtype. Scores, softmax and merging are fp32 or wider. Kept for backward: the arguments, the
+        result and the log-sum-exps.
+
+    Raises:
+        ValueError: a segment remembers keys, and there are none.
+    """
+    if key is None and any(segment.memory != NOTHING for segment in segments):
+        raise ValueError("segments remember keys, but no keys were given")
+    backend = attention_backend(q, None)
+    return _MemoryAttention.apply(q, rotated, key, value, list(segments), scale, backend)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def memory_attention_over_cache(
+    q: Tensor, rotated: Tensor, cache: KeyValueCache, segments: Sequence[Segment], scale: float
+) -> Tensor:
+    """The same over the tokens of a cache, its keys without rotation, and without gradient. The memory is read where it
+    lies, never copied; a narrow cache is widened in blocks."""
+
+    def remembered(batch: slice, keys: slice) -> Iterable[tuple[Tensor, Tensor]]:
+        return ((key[batch], value[batch]) for key, value in cache.pieces(keys.start, keys.stop))
+
+    first = cache.tokens - rotated.shape[1]
+    value = cache.part(first, cache.tokens).value
+    backend = attention_backend(q, None)
+    return _forward(q, rotated, value, first, remembered, segments, scale, backend)[0]
+
+
+def memory_attention_naive(
+    q: Tensor, rotated: Tensor, key: Tensor | None, value: Tensor, segments: Sequence[Segment], scale: float
+) -> Tensor:
+    """The same with dense scores of all S keys as local ones and as memory, and masks for what a segment leaves out."""
+    B, T, H, _ = q.shape
+    L, (S, G) = rotated.shape[1], value.shape[1:3]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    local, memory = (torch.zeros(B, T, count, dtype=torch.bool, device=q.device) for count in (L, S))
+    for rows, local_keys, memory_keys, batch in segments:
+        own = local_keys.stop - (rows.stop - rows.start)
+        for t in range(rows.start, rows.stop):
+            local[batch, t, local_keys.start - (S - L) : own + t - rows.start + 1 - (S - L)] = True
+        memory[batch, rows, memory_keys] = True
+    keys = torch.cat([torch.zeros_like(value) if key is None else key, rotated], 1)
+    values = torch.cat([value, value[:, S - L :]], 1)
+    keys, values = (x.to(wide).repeat_interleave(H // G, dim=2) for x in (keys, values))
+    scores = torch.einsum("bthk,bshk->bhts", q.to(wide), keys) * scale
+    scores = scores.masked_fill(~torch.cat([memory, local], 2)[:, None], -torch.inf)
+    return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), values).to(q.dtype)
+
+
+class _MemoryAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        rotated: Tensor,
+        key: Tensor | None,
+        value: Tensor,
+        segments: list[Segment],
+        scale: float,
+        backend: str,
+    ) -> Tensor:
+        q, rotated, value = (dense_heads(x) for x in (q, rotated, value))
+        key = None if key is None else dense_heads(key)
+
+        def remembered(batch: slice, keys: slice) -> Iterable[tuple[Tensor, Tensor]]:
+            assert key is not None
+            return [(key[batch, keys], value[batch, keys])]
+
+        first = value.shape[1] - rotated.shape[1]
+        out, lse = _forward(q, rotated, value[:, first:], first, remembered, segments, scale, backend)
+        ctx.options = segments, scale, backend
+        ctx.save_for_backward(q, rotated, key, value, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, rotated, key, value, out, lse = ctx.saved_tensors
+        segments, scale, backend = ctx.options
+        dout, first = dense_heads(dout), value.shape[1] - rotated.shape[1]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        options: dict[str, Any] = {"scale": scale, "window": None, "backend": backend}
+        per_slice = KEYS_PER_SLICE_CUDA if q.is_cuda else KEYS_PER_SLICE
+        dq, drotated, dvalue = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, rotated, value))
+        dkey = None if key is None else torch.zeros(key.shape, dtype=wide, device=key.device)
+        for rows, local, memory, batch in segments:
+            at = batch, rows
+            given = dout[at], q[at]
+            merged = out[at], lse[batch, :, rows]
+            at_rotated, at_local = (batch, _moved(local, -first)), (batch, local)
+            parts, count = _local_parts(rows, local, backend)
+            dq[at] += backward_by_parts(
+                *given, rotated[at_rotated], value[at_local], *merged, drotated[at_rotated], dvalue[at_local],
+                Rows(count), parts=parts, **options,
+            )  # fmt: skip
+            if memory == NOTHING:
+                continue
+            assert key is not None and dkey is not None
+            at_memory, (parts, count) = (batch, memory), _memory_parts(rows, memory.stop - memory.start)
+            dq[at] += backward_by_parts(
+                *given, key[at_memory], value[at_memory], *merged, dkey[at_memory], dvalue[at_memory],
+                Rows(count), parts=parts, keys_per_slice=per_slice, **options,
+            )  # fmt: skip
+        dkey = None if dkey is None else dkey.to(key.dtype)
+        return dq.to(q.dtype), drotated.to(q.dtype), dkey, dvalue.to(q.dtype), None, None, None
+
+
+def _forward(
+    q: Tensor,
+    rotated: Tensor,
+    local_value: Tensor,
+    first: int,
+    remembered: Remembered,
+    segments: Sequence[Segment],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(out (B, T, H, K) in q's dtype, lse (B, H, T) in fp32 or wider); local keys and values begin with key `first`."""
+    B, T, H, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    options: dict[str, Any] = {"scale": scale, "window": None, "backend": backend}
+    out, all_lse = torch.empty_like(q), torch.empty((B, H, T), dtype=wide, device=q.device)
+    for rows, local, memory, batch in segments:
+        own, at_local = q[batch, rows], (batch, _moved(local, -first))
+        parts, count = _local_parts(rows, local, backend)
+        y, lse = forward_by_parts(own, rotated[at_local], local_value[at_local], Rows(count), parts=parts, **options)
+        if memory != NOTHING:
+            y = y.to(wide)
+            for key, value in remembered(batch, memory):
+                parts, count = _memory_parts(rows, key.shape[1])
+                y, lse = _merged(y, lse, *forward_by_parts(own, key, value, Rows(count), parts=parts, **options))
+        out[batch, rows] = y.to(q.dtype)
+        all_lse[batch, :, rows] = lse
+    return out, all_lse
+
+
+def _merged(y: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two softmaxes over different keys as one over all; y is changed."""
+    both = torch.logaddexp(lse, part_lse)
+    weight, part_weight = ((x - both).exp().transpose(1, 2)[..., None] for x in (lse, part_lse))
+    y *= weight
+    y += part_weight * part
+    return y, both
+
+
+def _local_parts(rows: slice, local: slice, backend: str) -> tuple[list[Part], int]:
+    R, S = rows.stop - rows.start, local.stop - local.start
+    if R == 1:  # it sees all of them: one call in place of two
+        return _memory_parts(rows, S)
+    return causal_parts(R, S, None, None, backend), S
+
+
+def _memory_parts(rows: slice, keys: int) -> tuple[list[Part], int]:
+    return [Part(slice(0, rows.stop - rows.start), slice(0, keys), "all")], keys
+
+
+def _moved(keys: slice, by: int) -> slice:
+    return slice(keys.start + by, keys.stop + by)
