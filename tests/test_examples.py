@@ -27,6 +27,7 @@ RUNS = [
     ("extend_context_1m_64gpu.yaml", 64, "zero2_bf16.json"),
     ("long_context_cpu.yaml", 4, "cpu.json"),
     ("quickstart.yaml", 4, "cpu.json"),
+    ("needle_tiny.yaml", 2, "cpu.json"),
 ]
 
 
