@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 
@@ -96,7 +97,7 @@ class Haystack:
             UserError: there is no such file, it cannot be read, or it holds no text.
         """
         if source is None:
-            return Haystack("the Python standard library", library_files(), LIBRARY_CHARACTERS)
+            return _library()
         return Haystack(source, read_texts(source, "--haystack"), MAX_CHARACTERS)
 
     def filler(self, tokenizer: Tokenizer, rng: random.Random, tokens: int) -> Filler:
@@ -125,6 +126,12 @@ class Haystack:
             if number == start and ring is None:
                 ring = len(pieces)
         return pieces, ring
+
+
+@cache
+def _library() -> Haystack:
+    """Read once per process: a run may be evaluated often."""
+    return Haystack("the Python standard library", library_files(), LIBRARY_CHARACTERS)
 
 
 def read_texts(source: str, flag: str) -> Iterator[tuple[str, str]]:
