@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Proof that retrieval is learned, on a machine without GPU: a small YOCO is trained from scratch on documents with facts
-# and questions, of 256, 512, 2,048 and 8,192 tokens, exported, and asked for needles in text it has never seen, at up to
-# four times the length of the last phase. Takes about twenty minutes on two cores.
+# Proof that retrieval is learned, on a machine without GPU: a small YOCO is trained from scratch on documents with
+# facts and questions, of 256, 512, 2,048 and 8,192 tokens, exported, and asked for needles in text it has never seen,
+# at up to four times the length of the last phase. Takes about twenty minutes on two cores.
 #
 #     bash examples/needle_tiny.sh [key=value ...]         overrides of examples/needle_tiny.yaml for training
 #
@@ -69,6 +69,6 @@ if [ ! -e "$run/export/config.json" ]; then
         ${overwrite[@]+"${overwrite[@]}"}
 fi
 
-# The prompt's last spaces are left out: the vocabulary has a token for two of them, which no training document holds there.
+# Without the last spaces of the prompt: they are one token, which no training document has in front of a number.
 show python -m megayoco.evaluate needle --model "$run" --output "$work/needle" --haystack "$haystack" \
     --lengths 1024 2048 4096 8192 16384 32768 --trials 5 --strip-prompt
