@@ -47,10 +47,10 @@ prepare() {
             --needles 1 "$3" --filler "$4" "$5" "${tokenizer[@]}"
     show python tools/preprocess_data.py --input "$name.jsonl" --output-prefix "$name" "${tokenizer[@]}" --append-eod
 }
-prepare 256 6000 6 0 0.2
-prepare 512 2400 12 0 0.8
-prepare 2048 300 24 0.3 0.95
-prepare 8192 120 48 0.4 0.98
+prepare 256 9000 6 0 0.2
+prepare 512 3600 12 0 0.8
+prepare 2048 520 24 0.3 0.95
+prepare 8192 240 48 0.4 0.98
 
 # Two small processes on a CPU, also where there are GPUs; a free port, so that two of these can run side by side.
 export DS_ACCELERATOR=cpu
