@@ -143,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         width = max(map(len, summary))
         for key, value in summary.items():
             print(f"{key:{width}}  {value:.4f}")
-        print(f"{given.output}: results.json, table.csv and pictures")
+        written = sorted(path.name for path in Path(given.output).iterdir() if path.suffix in (".json", ".csv", ".png"))
+        print(f"{given.output}: {', '.join(written)}")
     return 0
 
 

@@ -153,5 +153,5 @@ def too_short(length: int, room: int, needed: int) -> UserError:
     """The error for a length without room for what must be in a prompt."""
     return UserError(
         f"length {length:,}: the answer leaves {max(room, 0):,} tokens for the prompt, which needs at least"
-        f" {needed:,}. Give a greater length, or a smaller --max-new-tokens."
+        f" {needed:,}. Give a greater length, fewer needles, or fewer new tokens."
     )

@@ -179,6 +179,8 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _notes(lm: HarnessModel, options: HarnessOptions, subject: Subject) -> list[str]:
     notes = []
+    if options.limit is not None:
+        notes.append(f"only the first {options.limit:,} documents of each task were asked")
     cut = lm.truncation
     if cut.requests:
         notes.append(

@@ -52,6 +52,10 @@ def prefill(
     return context
 
 
+ROOM = 4096
+"""New tokens that room is made for in advance: most end long before their limit."""
+
+
 class Generation:
     """The tokens of one continuation as they come: iterate over it, once.
 
@@ -121,7 +125,7 @@ def generate(
     if max_new_tokens < 1 or prefill_chunk < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} and prefill_chunk {prefill_chunk} must be at least 1")
     if context is None:
-        context = model.empty_context(1, reserve=len(tokens) + max_new_tokens)
+        context = model.empty_context(1, reserve=len(tokens) + min(max_new_tokens, ROOM))
     sampler = Sampler(agreed(model, sampling), vocab_size)
     steps = _steps(model, tokens, max_new_tokens, sampler, frozenset(stop), prefill_chunk, context, history)
     return Generation(context, len(tokens), steps)
@@ -187,7 +191,7 @@ def generate_batch(
     if len(limits) != len(prompts) or min(limits) < 1 or prefill_chunk < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} and prefill_chunk {prefill_chunk} must be at least 1")
     tokens, padding = pad_left(model, prompts)
-    context = model.empty_context(len(prompts), padding=padding, reserve=tokens.shape[1] + max(limits))
+    context = model.empty_context(len(prompts), padding=padding, reserve=tokens.shape[1] + min(max(limits), ROOM))
     for start in range(0, tokens.shape[1] - 1, prefill_chunk):
         context = model.absorb(tokens[:, start : min(start + prefill_chunk, tokens.shape[1] - 1)], context)
     sampler = Sampler(agreed(model, sampling), vocab_size)
