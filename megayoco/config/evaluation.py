@@ -157,8 +157,8 @@ class PerplexityOptions:
     """Context ablation: the loss of the last `ablation_tokens` tokens given so many tokens before them, for each of
     these numbers."""
 
-    ablation_tokens: PositiveInt = 2048
-    """Tokens at the end of each document that the context ablation scores."""
+    ablation_tokens: PositiveInt | None = None
+    """With `contexts`: tokens at the end of each document that the ablation scores. Default: 2048."""
 
     start_token: StartToken = "auto"
     """What stands before the document, as in the retrieval evaluations."""
@@ -171,14 +171,21 @@ class PerplexityOptions:
         if (self.text is None) == (self.data is None):
             refuse("text", "or data names the documents: give exactly one of them")
         if self.length is not None and self.contexts is not None:
-            longest = max(self.contexts) + self.ablation_tokens
+            longest = max(self.contexts) + self.num_ablation_tokens
             if longest > self.length:
                 refuse(
                     "contexts",
-                    f"{max(self.contexts)} and ablation_tokens {self.ablation_tokens} need a length of {longest},"
+                    f"{max(self.contexts)} and ablation_tokens {self.num_ablation_tokens} need a length of {longest},"
                     f" more than {self.length}",
                 )
+        if self.ablation_tokens is not None and self.contexts is None:
+            refuse("ablation_tokens", "belongs to contexts: give both, or neither")
         return self
+
+    @property
+    def num_ablation_tokens(self) -> int:
+        """`ablation_tokens`, the default resolved."""
+        return 2048 if self.ablation_tokens is None else self.ablation_tokens
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)

@@ -89,7 +89,7 @@ def run(
     if output is not None:
         text = {"documents_sha256": documents.sha256, "length": length}
         folder = ResultsFolder(output, settings_of(NAME, options, subject, text=text))
-    cost = length + sum(context + options.ablation_tokens for context in options.contexts or ())
+    cost = length + sum(context + options.num_ablation_tokens for context in options.contexts or ())
     groups = [[Item(str(number), cost)] for number in range(len(documents.tokens))]
     records = work_through(model, groups, evaluate, folder, progress, _describe)
     rows = table(records, edges)
@@ -113,10 +113,10 @@ def wanted_length(options: PerplexityOptions, trained_length: int | None) -> int
     length = options.length or trained_length
     if length is None:
         raise UserError("nothing tells the length that the model was trained for. Give --length.")
-    if options.contexts and (needed := max(options.contexts) + options.ablation_tokens) > length:
+    if options.contexts and (needed := max(options.contexts) + options.num_ablation_tokens) > length:
         raise UserError(
-            f"--contexts {max(options.contexts)} and --ablation-tokens {options.ablation_tokens} need {needed} tokens,"
-            f" {length} are read of each document. Give smaller ones, or a greater --length."
+            f"--contexts {max(options.contexts)} and --ablation-tokens {options.num_ablation_tokens} need {needed}"
+            f" tokens, {length} are read of each document. Give smaller ones, or a greater --length."
         )
     return length
 
@@ -151,7 +151,7 @@ def measure(
     """
     losses = score(model, tokens.tolist(), chunk=options.prefill_chunk).losses.double().numpy()
     hits = is_repeated_pair(tokens)
-    last = options.ablation_tokens
+    last = options.num_ablation_tokens
     contexts: dict[str, float] = {}
     for context in sorted(set(options.contexts or ())):
         request = (tokens[-last - context : -last].tolist(), tokens[-last:].tolist())
