@@ -50,16 +50,22 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class CrossBatchConfig:
     """Cross-batch training of memory layers (Focused Transformer, arXiv 2307.03170): the memory of a window is the
-    windows before it in the micro-batch of its replica, of its own sample and of other ones, with their gradients. A
-    sample is a pack of `sequence_length / memory_window` windows. Validation, evaluation and generation ignore it."""
+    windows before it in the micro-batch, of its own sample and of other ones, with their gradients. A sample is a pack
+    of `sequence_length / memory_window` windows. Validation, evaluation and generation ignore it."""
 
     range: NonNegativeInt
     """Windows before its own that a window sees at most; 0: none. Those beyond its own sample are the distractors that
-    the training is named after; the first sample of a micro-batch has none before it."""
+    the training is named after."""
 
     stepping: bool = True
     """Whether only the last windows of a sample see all of `range`: window p of a sample of k sees at most
     p * ceil((range + 1) / (k - 1)), the first one nothing."""
+
+    negatives: Literal["micro_batch", "neighbour"] = "micro_batch"
+    """Where windows before the first sample of a micro-batch come from. `micro_batch`: nowhere. `neighbour`: from the
+    last windows of the data-parallel replica before, so that the replicas together train as one with the micro-batches
+    of all of them in one; the first replica has none. What is trained then depends on `micro_batch_size` times the
+    number of replicas."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -330,6 +336,14 @@ class RunConfig:
             refuse(
                 f"phases.{number}.data.document_mask" if own else "data.document_mask",
                 "hides documents from one another, which model.memory_layers cannot: set it to false",
+            )
+        ranks = self.parallel.sequence
+        unit = ranks * window
+        if ranks > 1 and phase.sequence_length % unit:
+            refuse(
+                f"phases.{number}.sequence_length",
+                f"{phase.sequence_length} leaves no whole windows of model.memory_window {window} to each of"
+                f" parallel.sequence {ranks} ranks: use {-(-phase.sequence_length // unit) * unit}",
             )
         if phase.cross_batch is not None and phase.sequence_length % window:
             refuse(

@@ -40,15 +40,25 @@ class Case:
     cross_batch: CrossBatchConfig | None = None
 
     def __str__(self) -> str:
-        data = self.world // (self.tensor * self.pipeline * self.sequence)
-        axes = (("t", self.tensor), ("p", self.pipeline), ("s", self.sequence), ("d", data), ("bands", self.bands))
+        axes = (("t", self.tensor), ("p", self.pipeline), ("s", self.sequence), ("d", self.data), ("bands", self.bands))
         parts = [f"{name}{size}" for name, size in axes if size > 1]
         parts += [f"zero{self.zero}"] if self.dtype == torch.float32 else []
         parts += [self.order] * (self.order != "fused")
         if self.cross_batch is not None:
-            parts += [f"range{self.cross_batch.range}"]
+            parts += [f"range{self.cross_batch.range}"] + ["neighbour"] * (self.cross_batch.negatives == "neighbour")
         parts += [f"micro{self.micro_batch}"] + ["checkpointing"] * self.checkpointing
         return "-".join(parts)
+
+    @property
+    def data(self) -> int:
+        return self.world // (self.tensor * self.pipeline * self.sequence)
+
+    @property
+    def rows_together(self) -> int | None:
+        """Rows of a micro-batch that one process needs for the same loss; None: any number."""
+        if self.cross_batch is None:
+            return None
+        return self.micro_batch * (self.data if self.cross_batch.negatives == "neighbour" else 1)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -119,7 +129,7 @@ def parallel_step(model: str, case: Case, batch: tuple[Tensor, ...]) -> tuple[fl
     total = int((batch[1] != -100).sum())
     micro_batches = []
     for i in range(accumulation):
-        first = (topology.data_rank * accumulation + i) * case.micro_batch
+        first = (i * topology.data + topology.data_rank) * case.micro_batch  # as data/batches.py deals
         own = (topology.sequence_rank, case.sequence, case.bands)
         tokens, targets, starts = (own_chunks(part[first : first + case.micro_batch], *own) for part in batch)
         micro_batches.append((tokens, targets, starts if case.documents else None))
