@@ -336,6 +336,15 @@ def test_what_memory_layers_cannot_train_is_refused(run_yaml):
         "phases.0.sequence_length 192 leaves no whole windows of model.memory_window 64 to each of parallel.sequence 2"
         " ranks: use 256" in refusal(run_yaml(), *memory, *shared)
     )
+    rows = ["phases.0.loss=row_mean", "phases.0.sequence_length=192"]
+    assert "memory_window 64, which loss row_mean needs: use 64" in refusal(
+        run_yaml(), *memory, rows[0], "phases.0.sequence_length=40"
+    )
+    assert (load_config(run_yaml(), [*memory, *rows]).row_length(0), load_config(run_yaml(), rows).row_length(0)) == (
+        64,
+        192,
+    )
+    assert load_config(run_yaml(), memory).row_length(0) is None
     assert "negatives" in refusal(run_yaml(), *memory, "phases.0.cross_batch={range: 3, negatives: far}")
     assert "phases.0.cross_batch trains memory layers" in refusal(run_yaml(), "phases.0.cross_batch.range=3")
     assert "range" in refusal(run_yaml(), *memory, "phases.0.cross_batch.range=-1")

@@ -124,6 +124,11 @@ class PhaseConfig:
     cross_batch: CrossBatchConfig | None = None
     """Cross-batch training of `model.memory_layers`. Default: a window sees all earlier windows of its own sample."""
 
+    loss: Literal["token_mean", "row_mean"] = "token_mean"
+    """What is minimised. `token_mean`: the mean over all targets of a step. `row_mean`: the mean over rows of the mean
+    over their targets, so that rows with few targets weigh as much as others; a row without any counts with 0. A row is
+    a window of `model.memory_window` tokens, without memory layers a sample. Validation is per target either way."""
+
     data: PhaseDataConfig | None = None
     """Data of this phase where it differs from the run's."""
 
@@ -345,10 +350,13 @@ class RunConfig:
                 f"{phase.sequence_length} leaves no whole windows of model.memory_window {window} to each of"
                 f" parallel.sequence {ranks} ranks: use {-(-phase.sequence_length // unit) * unit}",
             )
-        if phase.cross_batch is not None and phase.sequence_length % window:
+        needs = (
+            "cross_batch" if phase.cross_batch is not None else "loss row_mean" if phase.loss == "row_mean" else None
+        )
+        if needs is not None and phase.sequence_length % window:
             refuse(
                 f"phases.{number}.sequence_length",
-                f"{phase.sequence_length} is no multiple of model.memory_window {window}, which cross_batch needs:"
+                f"{phase.sequence_length} is no multiple of model.memory_window {window}, which {needs} needs:"
                 f" use {-(-phase.sequence_length // window) * window}",
             )
 
@@ -364,6 +372,12 @@ class RunConfig:
         """Bands of phase number `phase`."""
         own = self.phases[phase].bands
         return self.parallel.bands if own is None else own
+
+    def row_length(self, phase: int) -> int | None:
+        """Tokens of a row of the loss of phase number `phase`; None where every target weighs the same."""
+        if self.phases[phase].loss == "token_mean":
+            return None
+        return self.model.memory_window or self.phases[phase].sequence_length
 
     def phase_rope_theta(self, phase: int) -> float:
         """Rotary base of phase number `phase`."""

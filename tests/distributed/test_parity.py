@@ -122,6 +122,14 @@ MEMORY = [
     ("yoco-memory", Case(world=4, sequence=2, checkpointing=True, **_NEIGHBOUR)),
 ]
 
+ROWS = [
+    ("longllama", Case(world=4, tensor=2, pipeline=2, row=6, micro_batch=4, **_CROSS)),
+    ("longllama", Case(world=4, sequence=2, row=6, checkpointing=True, **_NEIGHBOUR)),
+    (RETENTION, Case(world=2, sequence=2, bands=4, row=24)),
+    (WINDOW, Case(world=4, pipeline=2, sequence=2, bands=2, row=24)),
+    (LLAMA, Case(world=4, tensor=4, row=24)),
+]
+
 MEMORY_FP32 = [
     *(Case(world=2, zero=stage, dtype=torch.float32, **_CROSS) for stage in (0, 1, 2, 3)),
     Case(world=4, pipeline=2, zero=1, dtype=torch.float32, **_CROSS),
@@ -133,7 +141,7 @@ MEMORY_FP32 = [
 
 def check(workers: Workers, model: str, case: Case, loss_tolerance: float, tolerance: float) -> None:
     data = packed_batch(tokens=case.tokens)
-    loss, wanted = one_process(model, data, case.dtype, case.documents, case.cross_batch, case.rows_together)
+    loss, wanted = one_process(model, data, case.dtype, case.documents, case.cross_batch, case.rows_together, case.row)
     results = workers.run(parallel_step, model, case, data, world=case.world)
     for rank, (got_loss, _) in enumerate(results):
         assert got_loss == pytest.approx(loss, rel=loss_tolerance), f"rank {rank}"
@@ -152,6 +160,12 @@ def test_float64_loss_and_every_gradient_equal_one_process(workers: Workers, mod
 @pytest.mark.parametrize(("model", "case"), MEMORY, ids=str)
 def test_float64_of_memory_layers_equals_one_process(workers: Workers, model: str, case: Case) -> None:
     """Samples of four windows, some of which see those of other samples of the same micro-batch."""
+    check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-9)
+
+
+@pytest.mark.parametrize(("model", "case"), ROWS, ids=str)
+def test_float64_of_a_mean_over_rows_equals_one_process(workers: Workers, model: str, case: Case) -> None:
+    """Windows and samples with all targets, few and none."""
     check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-9)
 
 
