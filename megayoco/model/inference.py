@@ -15,6 +15,7 @@ Shapes: B batch, T tokens of the chunk, R wanted positions, the last of the chun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from megayoco.config import ModelConfig
 from megayoco.layers.context import KeyValues, Positions
 from megayoco.model.bands import Stage
 from megayoco.ops.key_value_cache import KeyValueCache
+from megayoco.ops.key_value_storage import Place
+from megayoco.ops.memory_search import Search
 
 if TYPE_CHECKING:
     from megayoco.model.decoder import Decoder
@@ -43,6 +46,17 @@ class DecoderContext(NamedTuple):
     """(B,) int64: how many tokens at the start of each row are padding. None: none."""
 
 
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What layers with memory attention do with their memory; the other layers' keys and values are as ever."""
+
+    search: Search | None = None
+    """How the remembered keys of a query are chosen; None: all of them."""
+
+    place: Place | None = None
+    """Where they lie; None: on the device of the model."""
+
+
 class InferenceModel:
     """What one rank runs of a model.
 
@@ -52,6 +66,7 @@ class InferenceModel:
         topology: groups of this rank; None: the process holds the whole model alone.
         begins: number of the first of the stage's blocks in [embedding, layer pattern ..., head].
         storage: narrow dtype to keep growing keys and values in (`key_value_cache.STORAGES`); None: the model's.
+        memory: of the layers with memory attention.
 
     Raises:
         ValueError: the mixers are built for a sequence axis of several ranks.
@@ -65,11 +80,13 @@ class InferenceModel:
         topology: Topology | None = None,
         begins: int = 0,
         storage: torch.dtype | None = None,
+        memory: MemoryOptions | None = None,
     ) -> None:
         if any(getattr(layer.mixer, "sequence", None) is not None for layer in stage.self_layers):
             raise ValueError("inference shares no sequence over ranks: detach the sequence axis first")
         self.stage, self.config, self.topology = stage, config, topology
         self.storage = storage
+        self.memory = memory or MemoryOptions()
         weight = stage.parameters()[0]
         self.device, self.dtype = weight.device, weight.dtype
         pattern = config.layer_pattern()
@@ -82,11 +99,16 @@ class InferenceModel:
 
     @staticmethod
     def of(
-        module: Decoder | PipelineDecoder, topology: Topology | None = None, storage: torch.dtype | None = None
+        module: Decoder | PipelineDecoder,
+        topology: Topology | None = None,
+        storage: torch.dtype | None = None,
+        memory: MemoryOptions | None = None,
     ) -> InferenceModel:
         """Over the blocks that this rank has of a model."""
         begins = module.first_block
-        return InferenceModel(module.stage(), module.config, topology=topology, begins=begins, storage=storage)
+        return InferenceModel(
+            module.stage(), module.config, topology=topology, begins=begins, storage=storage, memory=memory
+        )
 
     @property
     def replica(self) -> int:
@@ -234,14 +256,23 @@ class InferenceModel:
         if not isinstance(empty, KeyValues) or getattr(owner, "window", None) is not None:
             return empty
         _, _, heads, head_dim = empty.key.shape
-        return self._cache(batch_size, heads, head_dim, reserve)
+        memory = self.memory if getattr(owner, "remembers", False) else MemoryOptions()
+        return self._cache(batch_size, heads, head_dim, reserve, memory)
 
     def _shared_cache(self, batch_size: int, reserve: int) -> KeyValueCache:
-        return self._cache(batch_size, self._shared_heads, self.config.head_dim, reserve)
+        return self._cache(batch_size, self._shared_heads, self.config.head_dim, reserve, MemoryOptions())
 
-    def _cache(self, batch_size: int, heads: int, head_dim: int, reserve: int) -> KeyValueCache:
+    def _cache(self, batch_size: int, heads: int, head_dim: int, reserve: int, memory: MemoryOptions) -> KeyValueCache:
         return KeyValueCache.empty(
-            batch_size, heads, head_dim, self.dtype, self.device, storage=self.storage, reserve=reserve
+            batch_size,
+            heads,
+            head_dim,
+            self.dtype,
+            self.device,
+            storage=self.storage,
+            reserve=reserve,
+            place=memory.place,
+            search=memory.search,
         )
 
     @property

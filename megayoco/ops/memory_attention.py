@@ -25,11 +25,15 @@ from megayoco.ops.attention_parts import Part, Rows, backward_by_parts, dense_he
 from megayoco.ops.attention_store import KEYS_PER_SLICE, KEYS_PER_SLICE_CUDA
 from megayoco.ops.backends import attention_backend
 from megayoco.ops.key_value_cache import KeyValueCache
+from megayoco.ops.memory_search import attention_over_nearest
 
 NOTHING = slice(0, 0)
 
 Remembered = Callable[[slice, slice], Iterable[tuple[Tensor, Tensor]]]
 """(batch entries, key numbers) -> keys and values (B', S', G, K) of these, piece by piece."""
+Nearest = Callable[[Tensor, slice, slice], tuple[Tensor, Tensor] | None]
+"""(queries (B', R, H, K), batch entries, key numbers) -> attention over some of these keys and its log-sum-exp, both in
+fp32 or wider. None: all of them are to be read."""
 
 
 class Segment(NamedTuple):
@@ -164,7 +168,8 @@ def memory_attention_over_cache(
     q: Tensor, rotated: Tensor, cache: KeyValueCache, segments: Sequence[Segment], scale: float
 ) -> Tensor:
     """The same over the tokens of a cache, its keys without rotation, and without gradient. The memory is read where it
-    lies, never copied; a narrow cache is widened in blocks."""
+    lies, never copied; a narrow cache is widened in blocks. Of a memory with a search, the best keys of each query are
+    read (memory_search.py)."""
 
     def remembered(batch: slice, keys: slice) -> Iterable[tuple[Tensor, Tensor]]:
         return ((key[batch], value[batch]) for key, value in cache.pieces(keys.start, keys.stop))
@@ -172,7 +177,13 @@ def memory_attention_over_cache(
     first = cache.tokens - rotated.shape[1]
     value = cache.part(first, cache.tokens).value
     backend = attention_backend(q, None)
-    return _forward(q, rotated, value, first, remembered, segments, scale, backend)[0]
+
+    def nearest(own: Tensor, batch: slice, keys: slice) -> tuple[Tensor, Tensor] | None:
+        if cache.search is None or keys.stop - keys.start <= cache.search.top_k:
+            return None
+        return attention_over_nearest(own, cache, keys, scale, batch)
+
+    return _forward(q, rotated, value, first, remembered, segments, scale, backend, nearest)[0]
 
 
 def memory_attention_naive(
@@ -263,6 +274,7 @@ def _forward(
     segments: Sequence[Segment],
     scale: float,
     backend: str,
+    nearest: Nearest | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out (B, T, H, K) in q's dtype, lse (B, H, T) in fp32 or wider); local keys and values begin with key `first`."""
     B, T, H, _ = q.shape
@@ -273,7 +285,10 @@ def _forward(
         own, at_local = q[batch, rows], (batch, _moved(local, -first))
         parts, count = _local_parts(rows, local, backend)
         y, lse = forward_by_parts(own, rotated[at_local], local_value[at_local], Rows(count), parts=parts, **options)
-        if memory != NOTHING:
+        found = None if memory == NOTHING or nearest is None else nearest(own, batch, memory)
+        if found is not None:
+            y, lse = _merged(y.to(wide), lse, *found)
+        elif memory != NOTHING:
             y = y.to(wide)
             for key, value in remembered(batch, memory):
                 parts, count = _memory_parts(rows, key.shape[1])
