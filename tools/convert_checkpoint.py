@@ -100,6 +100,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(dashed(arguments))
     if options.check_text and not options.check:
         raise UserError("--check-text is used only by --check: add that, or leave it out.")
+    if options.memory_layers not in (None, "none") and options.memory_window is None:
+        raise UserError("--memory-layers needs --memory-window, the tokens of a window, such as 2048.")
     if options.memory_window is not None and options.memory_layers in (None, "none"):
         raise UserError("--memory-window is used only with --memory-layers: give some, or leave it out.")
     return options

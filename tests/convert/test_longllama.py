@@ -142,7 +142,7 @@ def test_a_llama_becomes_one_and_comes_back(tmp_path):
         with_memory(random_weights("retention"), [1], 6)
     with pytest.raises(UserError, match="names layer 9, but the layers are 0 to 3"):
         with_memory(llama, [9], 6)
-    with pytest.raises(UserError, match="memory_window: is required by memory_layers"):
+    with pytest.raises(UserError, match="memory_window is required by memory_layers"):
         with_memory(llama, [1], None)
 
 
@@ -166,8 +166,7 @@ with torch.no_grad():
     logits = model(ids).logits
     torch.testing.assert_close(logits, expected["logits"], rtol=2e-4, atol=2e-4 * float(logits.abs().max()))
     narrow = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
-    rough = narrow(ids).logits.float()  # a rotary embedding in 16 bits would be further away
-    assert (rough - expected["logits"]).abs().max() < 6e-2 * logits.abs().max()
+    assert (narrow(ids).logits.float() - logits).norm() < 5e-2 * logits.norm()
     hidden = AutoModel.from_pretrained(folder, trust_remote_code=True)(ids).last_hidden_state
     assert torch.equal(model.lm_head(hidden), logits)
     llama = LlamaForCausalLM.from_pretrained(folder)

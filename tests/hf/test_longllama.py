@@ -302,6 +302,8 @@ def test_turns_continue_a_cache():
     answered = generate(model, fed, attention_mask=mask, past_key_values=cache, max_new_tokens=5)
     expected, _ = greedy(reference, fed, 5, mask, past=past)
     assert torch.equal(answered, expected)
+    with pytest.raises(ValueError, match=r"has read (\d+) tokens, and input_ids has 12: give those and new ones"):
+        generate(model, tokens(2, 12), past_key_values=cache)
 
 
 def test_decoding_moves_nothing_that_is_in_memory():

@@ -107,8 +107,8 @@ def test_a_llama_becomes_a_longllama_and_back(tmp_path, capsys):
     assert_same(read_weights(tmp_path / "back"), random_weights(PLAIN_LLAMA))
     assert convert(*there, "--overwrite", "--check") == 0  # as a plain LLaMA
     for more, message in (
-        (["--memory-layers", "1;2"], "--memory-layers 1;2 is no list of numbers"),
-        (["--memory-layers", "1"], "memory_window: is required by memory_layers"),
+        (["--memory-layers", "1;2", "--memory-window", "6"], "--memory-layers 1;2 is no list of numbers"),
+        (["--memory-layers", "1"], "--memory-layers needs --memory-window"),
         (["--memory-window", "6"], "--memory-window is used only with --memory-layers"),
     ):
         assert message in fails(tool, [*there, "--overwrite", *more], capsys)
