@@ -14,7 +14,7 @@ from megayoco.data.tokenizer import Tokenizer
 from megayoco.generate.finding import read_model
 from megayoco.model.bands import Stage
 from megayoco.model.decoder import Decoder, build_decoder
-from megayoco.model.inference import InferenceModel
+from megayoco.model.inference import InferenceModel, MemoryOptions
 from megayoco.ops.key_value_cache import STORAGES
 from megayoco.parallel.shards import mark, name_of, shard_of
 
@@ -32,6 +32,7 @@ def load_model(
     device: torch.device | None = None,
     topology: Topology | None = None,
     storage: str | None = None,
+    memory: MemoryOptions | None = None,
 ) -> tuple[InferenceModel, Tokenizer]:
     """The model of a run, an export or a folder of another format, for inference.
 
@@ -41,12 +42,14 @@ def load_model(
         device: where they go; None: the CPU.
         topology: this rank's place; None: the whole model in this process.
         storage: `int8` or `fp8` to keep growing keys and values so; None: in `dtype`.
+        memory: of the layers with memory attention.
 
     Raises:
         UserError: there is no model, or it has no tokenizer.
     """
     weights, tokenizer = read_model(path)
-    return load_weights(weights, dtype=dtype, device=device, topology=topology, storage=storage), tokenizer
+    model = load_weights(weights, dtype=dtype, device=device, topology=topology, storage=storage, memory=memory)
+    return model, tokenizer
 
 
 def load_weights(
@@ -56,13 +59,14 @@ def load_weights(
     device: torch.device | None = None,
     topology: Topology | None = None,
     storage: str | None = None,
+    memory: MemoryOptions | None = None,
 ) -> InferenceModel:
     """The same from weights that have been found already. Each tensor is read by itself, straight to `device`."""
     device = torch.device("cpu") if device is None else device
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     narrow = None if storage is None else STORAGES[storage]
     if topology is None or topology.pipeline == 1:
-        return InferenceModel.of(load_decoder(weights, dtype, device, topology), topology, narrow)
+        return InferenceModel.of(load_decoder(weights, dtype, device, topology), topology, narrow, memory)
     from megayoco.model.pipeline import split_stages  # late: it brings DeepSpeed's pipeline along
 
     length = weights.facts.get("sequence_length") or STAGES_FOR
@@ -70,7 +74,7 @@ def load_weights(
     first, end = borders[topology.pipeline_rank : topology.pipeline_rank + 2]
     stage = _part(_on_meta(weights, dtype, topology), first, end)
     _fill(stage.modules(), weights, dtype, device)
-    return InferenceModel(stage, weights.model, topology=topology, begins=first, storage=narrow)
+    return InferenceModel(stage, weights.model, topology=topology, begins=first, storage=narrow, memory=memory)
 
 
 def load_decoder(
