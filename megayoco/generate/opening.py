@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megayoco.data.tokenizer import Tokenizer
 from megayoco.errors import UserError
 from megayoco.generate.finding import read_model
+from megayoco.model.memory_use import MemoryUse
 
 if TYPE_CHECKING:
     import torch
 
+    from megayoco.config import ModelConfig
     from megayoco.convert.weights import Weights
     from megayoco.model.inference import InferenceModel
     from megayoco.parallel.launch import Launch
@@ -35,6 +37,14 @@ class Placement:
     """Whether ranks beyond one copy of the model hold further copies, which work on other prompts."""
     storage: str | None = None
     """int8 or fp8 to keep the growing keys and values so; None: in the model's dtype."""
+    memory: MemoryUse = field(default_factory=MemoryUse)
+    """How memory layers cut a text into windows, and how much they remember."""
+    default_eviction: bool = False
+    """Whether tokens leave a window as is best for generation where `memory` does not say; else as in training."""
+
+    def memory_for(self, model: ModelConfig) -> MemoryUse:
+        """What memory layers of this model do. Raises UserError for what the model cannot do."""
+        return self.memory.resolved(model) if self.default_eviction else self.memory.checked(model)
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
         weights, tokenizer = read_model(path)
         layout = _layout(placement, launch.world_size)
         layout.validate(weights.model, launch.world_size)
+        memory = placement.memory_for(weights.model)
     from megayoco.generate.loading import load_weights
     from megayoco.parallel.topology import build_topology
 
@@ -88,6 +99,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
             device=device,
             topology=topology,
             storage=placement.storage,
+            memory=memory,
         )
     return Opened(model, tokenizer, weights.facts, launch.rank, weights)
 
@@ -100,6 +112,7 @@ def _open_alone(path: str | os.PathLike[str], placement: Placement, launch: Laun
             )
     device = choose_device(placement.device)
     weights, tokenizer = read_model(path)
+    memory = placement.memory_for(weights.model)
     # slow: the layers bring megatron-core along. This package first, which keeps it quiet.
     import torch
 
@@ -110,7 +123,7 @@ def _open_alone(path: str | os.PathLike[str], placement: Placement, launch: Laun
     torch.set_num_threads(thread_count(launch, os.environ))
 
     dtype = _dtype(placement.dtype, device)
-    model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage)
+    model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage, memory=memory)
     return Opened(model, tokenizer, weights.facts, 0, weights)
 
 

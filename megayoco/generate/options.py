@@ -13,6 +13,7 @@ from megayoco.errors import UserError
 if TYPE_CHECKING:
     from megayoco.generate.opening import Placement
     from megayoco.generate.sampling import Sampling
+    from megayoco.model.memory_use import MemoryUse
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
 _COUNTS = ("max_new_tokens", "prefill_chunk", "tensor", "pipeline")
@@ -44,6 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         from megayoco.generate.chat_format import check_format
 
         check_format(options.chat_format)
+    memory_use(options)
     if options.max_new_tokens is None:
         options.max_new_tokens = 512 if options.chat else 64
     return options
@@ -102,8 +104,41 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1; a GPU where there is one")
     place.add_argument("--tensor", type=int, metavar="N", help="processes that share each layer: all that are started")
     place.add_argument("--pipeline", type=int, metavar="N", help="processes that share the stack of layers: 1")
+    add_memory_flags(parser, "half of the window unless told")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     return parser
+
+
+def add_memory_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    """How memory layers read a long text; `default`: the eviction unless told, in words."""
+    memory = parser.add_argument_group("models with memory layers")
+    memory.add_argument(
+        "--memory-eviction",
+        type=int,
+        metavar="TOKENS",
+        help=f"oldest tokens that leave the window for the memory when it is full: {default}",
+    )
+    memory.add_argument(
+        "--last-context",
+        type=int,
+        metavar="TOKENS",
+        help="in place of it, windows as in LongLLaMA's code: a prompt's last TOKENS are one, those before are cut",
+    )
+    memory.add_argument(
+        "--memory-capacity",
+        type=int,
+        metavar="TOKENS",
+        help="remember only the latest so many in front of the window: everything unless told",
+    )
+
+
+def memory_use(options: argparse.Namespace) -> MemoryUse:
+    """What the memory flags say. Raises UserError for values that cannot be with any model."""
+    from megayoco.model.memory_use import MemoryUse
+
+    return MemoryUse(
+        evicted=options.memory_eviction, last_context=options.last_context, capacity=options.memory_capacity
+    )
 
 
 def sampling(options: argparse.Namespace) -> Sampling:
@@ -131,6 +166,8 @@ def placement(options: argparse.Namespace) -> Placement:
         tensor=options.tensor,
         pipeline=options.pipeline or 1,
         storage=None if options.kv_dtype == "model" else options.kv_dtype,
+        memory=memory_use(options),
+        default_eviction=True,
     )
 
 

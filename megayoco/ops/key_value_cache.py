@@ -3,7 +3,8 @@
 Shapes: B batch, T tokens of the chunk, S tokens so far (the chunk's included), H query heads, g key-value heads of this
         tensor rank, K head dim.
 Memory: room for the tokens announced by `reserve`, then twice what is needed whenever the room is full, so appending
-        costs O(1) copies per token; never the longest length that a model could read.
+        costs O(1) copies per token; never the longest length that a model could read. Tokens that `last` has dropped
+        give their room back when the others are copied next: half of the room at most is theirs.
 Source: the narrow storage is symmetric, with one fp32 scale per token and head, as KIVI (arXiv 2402.02750) does for
         values.
 """
@@ -44,7 +45,7 @@ class _Buffer:
     """(B, g, capacity, 1) fp32 for narrow storage."""
     value_scale: Tensor | None
     filled: int = 0
-    """Tokens written; only a cache that ends here may append in place."""
+    """Places written; only a cache that ends here may append in place."""
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (self.key, self.value, self.key_scale, self.value_scale) if x is not None]
@@ -57,9 +58,10 @@ class KeyValueCache:
     has been continued already is copied first, so several continuations of one prefix never see each other.
     """
 
-    def __init__(self, buffer: _Buffer, tokens: int, dtype: torch.dtype, reserve: int = 0) -> None:
+    def __init__(self, buffer: _Buffer, tokens: int, dtype: torch.dtype, reserve: int = 0, dropped: int = 0) -> None:
         self._buffer = buffer
         self._reserve = reserve
+        self._dropped = dropped  # places of the buffer in front of the tokens
         self.tokens = tokens
         self.dtype = dtype
         """What keys and values are computed in, whatever they are stored in."""
@@ -95,7 +97,7 @@ class KeyValueCache:
     @property
     def bytes(self) -> int:
         """Bytes that the tokens so far take, without the room for more."""
-        return sum(x[:, :, : self.tokens].numel() * x.element_size() for x in self._buffer.tensors())
+        return sum(x[:, :, self._places()].numel() * x.element_size() for x in self._buffer.tensors())
 
     @property
     def key(self) -> Tensor:
@@ -121,10 +123,10 @@ class KeyValueCache:
     def combine(self, right: KeyValues) -> KeyValueCache:
         """These tokens, then `right`'s, both (B, T, g, K)."""
         count = self.tokens + right.key.shape[1]
-        buffer = self._buffer
-        if buffer.filled != self.tokens or buffer.key.shape[2] < count:
-            buffer = self._copy(count)
-        new = slice(self.tokens, count)
+        buffer, dropped = self._buffer, self._dropped
+        if buffer.filled != dropped + self.tokens or buffer.key.shape[2] < dropped + count:
+            buffer, dropped = self._copy(count), 0
+        new = slice(dropped + self.tokens, dropped + count)
         for target, scale, x in (
             (buffer.key, buffer.key_scale, right.key),
             (buffer.value, buffer.value_scale, right.value),
@@ -137,23 +139,35 @@ class KeyValueCache:
                 x = (x.float() / unit).clamp_(-largest, largest)
                 x = x.round_() if target.dtype == torch.int8 else x
             target[:, :, new] = x.to(target.dtype)
-        buffer.filled = count
-        return KeyValueCache(buffer, count, self.dtype, self._reserve)
+        buffer.filled = dropped + count
+        return KeyValueCache(buffer, count, self.dtype, self._reserve, dropped)
+
+    def last(self, count: int) -> KeyValueCache:
+        """The last `count` tokens, or all where there are fewer; nothing is copied."""
+        dropped = max(self.tokens - count, 0)
+        tokens = self.tokens - dropped
+        return KeyValueCache(self._buffer, tokens, self.dtype, self._reserve, self._dropped + dropped)
+
+    def _places(self) -> slice:
+        """Where the tokens are in the buffer."""
+        return slice(self._dropped, self._dropped + self.tokens)
 
     def _copy(self, count: int) -> _Buffer:
         """The tokens so far in a buffer with room for `count`, and more."""
         old = self._buffer
         B, g, capacity, K = old.key.shape
-        if count > capacity:
+        if self._dropped:
+            capacity = 2 * count
+        elif count > capacity:
             capacity = max(2 * count if self.tokens else count, self._reserve if count <= self._reserve else 0)
         buffer = _allocate((B, g, -(-capacity // _ROUND) * _ROUND, K), old.key.dtype, old.key.device)
         for target, source in zip(buffer.tensors(), old.tensors(), strict=True):
-            target[:, :, : self.tokens] = source[:, :, : self.tokens]
+            target[:, :, : self.tokens] = source[:, :, self._places()]
         return buffer
 
     def _wide(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, g, end - start, K) in the compute dtype."""
-        buffer = self._buffer
+        buffer, start, end = self._buffer, self._dropped + start, self._dropped + end
         key, value = buffer.key[:, :, start:end], buffer.value[:, :, start:end]
         if buffer.key_scale is None or buffer.value_scale is None:
             return key, value
