@@ -109,7 +109,7 @@ def trained(data: Tensor, options: argparse.Namespace) -> tuple[Decoder, list[fl
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss / count))
+        losses.append(float(loss.detach() / count))
         if step % 20 == 0:
             print(f"step {step}: loss {losses[-1]:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
     return decoder.eval(), losses
