@@ -75,6 +75,7 @@ def main() -> None:
     add("--model", default="yoco-tiny", help="preset of the YOCO pattern")
     add("--baseline", help="preset of the LLaMA pattern; default: that beside --model")
     add("--layers", type=int, help="in place of those of the presets")
+    add("--self-layers", type=int, help="layers of YOCO's self-decoder; default: half of them")
     add("--lengths", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="prompt tokens of a comparison")
     add("--longest", type=int, default=0, help="prompt tokens of YOCO alone; 0: none")
     add("--rounds", type=int, default=3, help="of every length, at least")
@@ -105,6 +106,7 @@ def main() -> None:
         model=options.model,
         baseline=options.baseline or options.model.replace("yoco", "llama"),
         layers=options.layers,
+        self_layers=options.self_layers,
         device=options.device,
         dtype=options.dtype,
         chunk=options.chunk,

@@ -40,6 +40,8 @@ class Setting:
     """Prompt tokens per call of transformers; 0: all in one."""
     clock: str = "wall"
     """`wall`, or `cpu` for the seconds that the process computes."""
+    self_layers: int | None = None
+    """Layers of YOCO's self-decoder; None: those of the preset."""
 
 
 class Subject(Protocol):
@@ -148,6 +150,8 @@ def config_of(subject: str, setting: Setting) -> ModelConfig:
         fields["self_mixer"] = subject.split(", ")[1]
     if setting.layers is not None:
         fields["layers"] = setting.layers
+    if subject in YOCO and setting.self_layers is not None:
+        fields["self_layers"] = setting.self_layers
     return ModelConfig(**fields)
 
 

@@ -4,8 +4,8 @@
 
 Trains a byte-level model of the LLaMA pattern with memory layers on English prose (the reference texts that come with
 Python), on sequences of several windows, in the windows of training. Then it reads passages of the same texts that it
-was not trained on with every rule of `MemoryUse`. Reported is the mean loss (nats per byte) of all bytes, and of those
-behind the first window, with the difference to the windows of training and its standard error over the passages.
+was not trained on with every rule of `WindowOptions`. Reported is the mean loss (nats per byte) of all bytes, and of
+those behind the first window, with the difference to the windows of training and its standard error over the passages.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megayoco.config import CrossBatchConfig, ModelConfig
 from megayoco.generate.scoring import score
 from megayoco.model.decoder import Decoder, build_decoder
 from megayoco.model.inference import InferenceModel
-from megayoco.model.memory_use import MemoryUse
+from megayoco.model.window_options import WindowOptions
 
 WINDOW = 64
 MODEL = ModelConfig(
@@ -48,10 +48,10 @@ BATCH, LENGTH = 8, 8 * WINDOW
 LEARNING_RATE, WARM_UP = 2e-3, 20
 HELD_OUT = 0.1
 """Share of the text, its end, that passages to read are from."""
-RULES: dict[str, MemoryUse] = {
-    "e = W": MemoryUse(),
-    **{f"e = {name}": MemoryUse(evicted=count) for name, count in (("W/2", 32), ("W/4", 16), ("W/8", 8), ("1", 1))},
-    **{f"lc = {name}": MemoryUse(last_context=count) for name, count in (("W", 64), ("W/2", 32))},
+RULES: dict[str, WindowOptions] = {
+    "e = W": WindowOptions(),
+    **{f"e = {name}": WindowOptions(evicted=count) for name, count in (("W/2", 32), ("W/4", 16), ("W/8", 8), ("1", 1))},
+    **{f"lc = {name}": WindowOptions(last_context=count) for name, count in (("W", 64), ("W/2", 32))},
 }
 
 
@@ -121,10 +121,10 @@ def measured(decoder: Decoder, data: Tensor, options: argparse.Namespace) -> dic
     starts = torch.linspace(0, len(data) - size, options.passages).long().tolist()
     rows, grid = {}, torch.empty(0)
     for name, rule in RULES.items():
-        model = InferenceModel.of(decoder, memory=rule)
+        model = InferenceModel.of(decoder, windows=rule)
         losses = torch.stack([score(model, data[start : start + size].tolist()).losses for start in starts])
         later = losses[:, WINDOW:].mean(1)
-        grid = later if rule == MemoryUse() else grid
+        grid = later if rule == WindowOptions() else grid
         difference = later - grid
         rows[name] = {
             "loss": round(float(losses.mean()), 4),

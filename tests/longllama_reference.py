@@ -37,7 +37,7 @@ class Reference:
     """
 
     def __init__(self, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-        self.weights = {name: tensor.detach().double() for name, tensor in state_dict.items()}
+        self.weights = {name: tensor.double() for name, tensor in state_dict.items()}  # gradients flow back to them
         self.config = dict(config)
         self.layers = int(config["num_hidden_layers"])
         self.heads = int(config["num_attention_heads"])

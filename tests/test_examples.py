@@ -28,6 +28,8 @@ RUNS = [
     ("long_context_cpu.yaml", 4, "cpu.json"),
     ("quickstart.yaml", 4, "cpu.json"),
     ("needle_tiny.yaml", 2, "cpu.json"),
+    ("longllama_tiny.yaml", 2, "cpu.json"),
+    ("finetune_longllama_3b.yaml", 8, "zero2_bf16.json"),
 ]
 
 

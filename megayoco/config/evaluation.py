@@ -134,6 +134,33 @@ class PasskeyOptions(RetrievalOptions):
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
+class DictionaryOptions:
+    """Values of random keys, defined far before, after the Focused Transformer. The tokenizer must make a token of each
+    character."""
+
+    lengths: Some | None = None
+    """Tokens of a document, definitions and questions. Default: the longest length that the model was trained for."""
+
+    question_tokens: PositiveInt = 256
+    """The last tokens of a document, which ask; all before them are definitions."""
+
+    key_tokens: PositiveInt = 3
+    """Symbols of a key, of 61."""
+
+    value_tokens: PositiveInt = 3
+    """Symbols of a value, of 61."""
+
+    trials: PositiveInt = 20
+    """Documents per length."""
+
+    seed: Seed = 0
+    """Number that the documents follow from."""
+
+    prefill_chunk: PositiveInt = 2048
+    """Tokens that are read at once; results do not depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class PerplexityOptions:
     """Loss by position in long documents."""
 

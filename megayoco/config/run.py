@@ -17,6 +17,7 @@ from megayoco.config.base import (
 )
 from megayoco.config.data import DataConfig, PhaseDataConfig
 from megayoco.config.evaluation import (
+    DictionaryOptions,
     HarnessOptions,
     MultiNeedleOptions,
     NeedleOptions,
@@ -209,6 +210,9 @@ class EvaluationConfig:
     passkey: PasskeyOptions | None = None
     """A number hidden in sentences that repeat."""
 
+    dictionary: DictionaryOptions | None = None
+    """Values of random keys."""
+
     perplexity: PerplexityOptions | None = None
     """Loss by position in long documents."""
 
@@ -331,6 +335,18 @@ class RunConfig:
                 f"phases.{number}.data.document_mask" if own else "data.document_mask",
                 "hides documents from one another, which model.memory_layers cannot: set it to false",
             )
+        tunes = self.phase_data(number).tuning is not None
+        if phase.cross_batch is not None and tunes:
+            refuse(
+                f"phases.{number}.cross_batch",
+                "mixes samples, and those of data.tuning are examples of their own, padded in front: leave it out",
+            )
+        if tunes and self.phase_data(number).has_borders and self.parallel.sequence > 1:
+            refuse(
+                "parallel.sequence",
+                f"{self.parallel.sequence} cannot hide the padding of data.tuning from model.memory_layers: use 1, or"
+                " set random_padding to false",
+            )
         if phase.cross_batch is not None and phase.sequence_length % window:
             refuse(
                 f"phases.{number}.sequence_length",
@@ -343,8 +359,7 @@ class RunConfig:
         override = self.phases[phase].data
         if override is None:
             return self.data
-        changes = {key: value for key, value in vars(override).items() if value is not None and key in _PHASE_DATA}
-        return dataclasses.replace(self.data, **changes)
+        return dataclasses.replace(self.data, **override.replaced())
 
     def phase_bands(self, phase: int) -> int | Literal["auto"]:
         """Bands of phase number `phase`."""
@@ -355,6 +370,3 @@ class RunConfig:
         """Rotary base of phase number `phase`."""
         own = self.phases[phase].rope_theta
         return self.model.rope_theta if own is None else own
-
-
-_PHASE_DATA = {field.name for field in dataclasses.fields(PhaseDataConfig)}

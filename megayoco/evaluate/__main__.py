@@ -18,7 +18,7 @@ from megayoco.data.command import positive_int
 from megayoco.errors import UserError
 from megayoco.evaluate.evaluations import EVALUATIONS, Evaluation, find_evaluation
 from megayoco.evaluate.flags import add_flags, flag_of, options_from
-from megayoco.generate.options import add_memory_flags, memory_use
+from megayoco.generate.options import add_memory_flags, window_options
 
 PROGRAM = "python -m megayoco.evaluate"
 
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace, Any]:
     evaluation = find_evaluation(name)
     parser = _parser(name, evaluation)
     given = parser.parse_args(rest)
-    memory_use(given)
+    window_options(given)
     return name, given, options_from(evaluation.options, given)
 
 
@@ -100,7 +100,7 @@ def evaluate(name: str, given: argparse.Namespace, options: Any) -> dict[str, fl
             pipeline=given.pipeline or 1,
             copies=True,
             storage=storage,
-            memory=memory_use(given),
+            windows=window_options(given),
         ),
     )
     # these after torch, which takes seconds: a wrong path is told before
@@ -111,7 +111,7 @@ def evaluate(name: str, given: argparse.Namespace, options: Any) -> dict[str, fl
     if given.overwrite:
         first_rank_does(lambda: clear(output))
     dtype = str(opened.model.dtype).removeprefix("torch.")
-    memory = {flag.strip("-").replace("-", "_"): str(value) for flag, value in opened.model.memory.given().items()}
+    memory = {flag.strip("-").replace("-", "_"): str(value) for flag, value in opened.model.windows.given().items()}
     subject = describe(
         opened.weights, shlex.join([*PROGRAM.split(), *sys.argv[1:]]), dtype=dtype, kv_dtype=storage or dtype, **memory
     )

@@ -45,6 +45,9 @@ EVALUATIONS = {
         config.MultiNeedleOptions, "megayoco.evaluate.multi_needle", "find one, or all, of several numbers"
     ),
     "passkey": Evaluation(config.PasskeyOptions, "megayoco.evaluate.passkey", "find a number in sentences that repeat"),
+    "dictionary": Evaluation(
+        config.DictionaryOptions, "megayoco.evaluate.dictionary", "look up random keys that were defined far before"
+    ),
     "perplexity": Evaluation(
         config.PerplexityOptions, "megayoco.evaluate.perplexity", "loss by position in long documents"
     ),

@@ -101,6 +101,39 @@ def curves(
     save(figure, path)
 
 
+def accuracies(
+    path: Path, title: str, x: Sequence[int], lines: Mapping[str, Sequence[float]], vertical: float | None
+) -> None:
+    """Draw accuracies 0 to 1 against length on a logarithmic axis.
+
+    Args:
+        path: the PNG to write.
+        title: above it.
+        x: lengths in tokens, ascending.
+        lines: name -> accuracies at these lengths.
+        vertical: a length to mark: that which the model was trained for.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for name, y in lines.items():
+        axes.plot(x, y, marker=".", label=name)
+    if vertical is not None:
+        axes.axvline(vertical, color="gray", linestyle="--", label="longest trained length")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("length of the document, tokens")
+    axes.set_ylabel("share that is right")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(title, fontsize="medium")
+    save(figure, path)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG; it appears whole or not at all. Raises UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megayoco.data.tokenizer import Tokenizer
 from megayoco.errors import UserError
 from megayoco.generate.finding import read_model
-from megayoco.model.memory_use import MemoryUse
+from megayoco.model.window_options import WindowOptions
 
 if TYPE_CHECKING:
     import torch
@@ -37,14 +37,14 @@ class Placement:
     """Whether ranks beyond one copy of the model hold further copies, which work on other prompts."""
     storage: str | None = None
     """int8 or fp8 to keep the growing keys and values so; None: in the model's dtype."""
-    memory: MemoryUse = field(default_factory=MemoryUse)
+    windows: WindowOptions = field(default_factory=WindowOptions)
     """How memory layers cut a text into windows, and how much they remember."""
     default_eviction: bool = False
-    """Whether tokens leave a window as is best for generation where `memory` does not say; else as in training."""
+    """Whether tokens leave a window as is best for generation where `windows` does not say; else as in training."""
 
-    def memory_for(self, model: ModelConfig) -> MemoryUse:
+    def windows_for(self, model: ModelConfig) -> WindowOptions:
         """What memory layers of this model do. Raises UserError for what the model cannot do."""
-        return self.memory.resolved(model) if self.default_eviction else self.memory.checked(model)
+        return self.windows.resolved(model) if self.default_eviction else self.windows.checked(model)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
         weights, tokenizer = read_model(path)
         layout = _layout(placement, launch.world_size)
         layout.validate(weights.model, launch.world_size)
-        memory = placement.memory_for(weights.model)
+        windows = placement.windows_for(weights.model)
     from megayoco.generate.loading import load_weights
     from megayoco.parallel.topology import build_topology
 
@@ -99,7 +99,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
             device=device,
             topology=topology,
             storage=placement.storage,
-            memory=memory,
+            windows=windows,
         )
     return Opened(model, tokenizer, weights.facts, launch.rank, weights)
 
@@ -112,7 +112,7 @@ def _open_alone(path: str | os.PathLike[str], placement: Placement, launch: Laun
             )
     device = choose_device(placement.device)
     weights, tokenizer = read_model(path)
-    memory = placement.memory_for(weights.model)
+    windows = placement.windows_for(weights.model)
     # slow: the layers bring megatron-core along. This package first, which keeps it quiet.
     import torch
 
@@ -123,7 +123,7 @@ def _open_alone(path: str | os.PathLike[str], placement: Placement, launch: Laun
     torch.set_num_threads(thread_count(launch, os.environ))
 
     dtype = _dtype(placement.dtype, device)
-    model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage, memory=memory)
+    model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage, windows=windows)
     return Opened(model, tokenizer, weights.facts, 0, weights)
 
 

@@ -13,7 +13,7 @@ from megayoco.errors import UserError
 if TYPE_CHECKING:
     from megayoco.generate.opening import Placement
     from megayoco.generate.sampling import Sampling
-    from megayoco.model.memory_use import MemoryUse
+    from megayoco.model.window_options import WindowOptions
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
 _COUNTS = ("max_new_tokens", "prefill_chunk", "tensor", "pipeline")
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         from megayoco.generate.chat_format import check_format
 
         check_format(options.chat_format)
-    memory_use(options)
+    window_options(options)
     if options.max_new_tokens is None:
         options.max_new_tokens = 512 if options.chat else 64
     return options
@@ -132,11 +132,11 @@ def add_memory_flags(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def memory_use(options: argparse.Namespace) -> MemoryUse:
+def window_options(options: argparse.Namespace) -> WindowOptions:
     """What the memory flags say. Raises UserError for values that cannot be with any model."""
-    from megayoco.model.memory_use import MemoryUse
+    from megayoco.model.window_options import WindowOptions
 
-    return MemoryUse(
+    return WindowOptions(
         evicted=options.memory_eviction, last_context=options.last_context, capacity=options.memory_capacity
     )
 
@@ -166,7 +166,7 @@ def placement(options: argparse.Namespace) -> Placement:
         tensor=options.tensor,
         pipeline=options.pipeline or 1,
         storage=None if options.kv_dtype == "model" else options.kv_dtype,
-        memory=memory_use(options),
+        windows=window_options(options),
         default_eviction=True,
     )
 

@@ -15,6 +15,7 @@ Shapes: B batch, T tokens of the chunk, R wanted positions, the last of the chun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,8 +25,10 @@ from torch import Tensor
 from megayoco.config import ModelConfig
 from megayoco.layers.context import KeyValues, Positions
 from megayoco.model.bands import Stage
-from megayoco.model.memory_use import MemoryUse
+from megayoco.model.window_options import WindowOptions
 from megayoco.ops.key_value_cache import KeyValueCache
+from megayoco.ops.key_value_storage import Place
+from megayoco.ops.memory_search import Search
 from megayoco.ops.windows import PromptWindows, WindowRule
 
 if TYPE_CHECKING:
@@ -59,6 +62,17 @@ class DecoderContext(NamedTuple):
         return self._replace(prompts=self.prompts.announce(self.length, count))
 
 
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What layers with memory attention do with their memory; the other layers' keys and values are as ever."""
+
+    search: Search | None = None
+    """How the remembered keys of a query are chosen; None: all of them."""
+
+    place: Place | None = None
+    """Where they lie; None: on the device of the model."""
+
+
 class InferenceModel:
     """What one rank runs of a model.
 
@@ -68,8 +82,9 @@ class InferenceModel:
         topology: groups of this rank; None: the process holds the whole model alone.
         begins: number of the first of the stage's blocks in [embedding, layer pattern ..., head].
         storage: narrow dtype to keep growing keys and values in (`key_value_cache.STORAGES`); None: the model's.
-        memory: how memory layers cut a text into windows, and how much they remember; None: windows as in training,
-            and everything.
+        memory: of the layers with memory attention.
+        windows: how they and the layers beside them cut a text into windows, and how much they remember; None: windows
+            as in training, and everything.
 
     Raises:
         ValueError: the mixers are built for a sequence axis of several ranks.
@@ -83,14 +98,15 @@ class InferenceModel:
         topology: Topology | None = None,
         begins: int = 0,
         storage: torch.dtype | None = None,
-        memory: MemoryUse | None = None,
+        memory: MemoryOptions | None = None,
+        windows: WindowOptions | None = None,
     ) -> None:
         if any(getattr(layer.mixer, "sequence", None) is not None for layer in stage.self_layers):
             raise ValueError("inference shares no sequence over ranks: detach the sequence axis first")
         self.stage, self.config, self.topology = stage, config, topology
         self.storage = storage
-        self.memory = memory or MemoryUse()
-        self._windows: WindowRule | None = self.memory.eviction(config)
+        self.memory, self.windows = memory or MemoryOptions(), windows or WindowOptions()
+        self._rule: WindowRule | None = self.windows.eviction(config)
         weight = stage.parameters()[0]
         self.device, self.dtype = weight.device, weight.dtype
         pattern = config.layer_pattern()
@@ -106,12 +122,19 @@ class InferenceModel:
         module: Decoder | PipelineDecoder,
         topology: Topology | None = None,
         storage: torch.dtype | None = None,
-        memory: MemoryUse | None = None,
+        memory: MemoryOptions | None = None,
+        windows: WindowOptions | None = None,
     ) -> InferenceModel:
         """Over the blocks that this rank has of a model."""
         begins = module.first_block
         return InferenceModel(
-            module.stage(), module.config, topology=topology, begins=begins, storage=storage, memory=memory
+            module.stage(),
+            module.config,
+            topology=topology,
+            begins=begins,
+            storage=storage,
+            memory=memory,
+            windows=windows,
         )
 
     @property
@@ -150,7 +173,7 @@ class InferenceModel:
             if len(padding) != batch_size:
                 raise ValueError(f"padding of {len(padding)} rows for a batch of {batch_size}")
             pads = torch.tensor(list(padding), dtype=torch.int64, device=self.device)
-        return DecoderContext(0, tuple(layers), pads, self.memory.prompts(self.config))
+        return DecoderContext(0, tuple(layers), pads, self.windows.prompts(self.config))
 
     @torch.inference_mode()
     def absorb(self, tokens: Tensor, context: DecoderContext) -> DecoderContext:
@@ -236,7 +259,7 @@ class InferenceModel:
 
     def _positions(self, context: DecoderContext, length: int) -> tuple[Positions, PromptWindows | None]:
         """Those of the chunk, and what windows depend on behind it."""
-        windows, prompts = self._windows, context.prompts
+        windows, prompts = self._rule, context.prompts
         if prompts is not None:
             windows, prompts = prompts.take(context.length, length)
         index = torch.arange(context.length, context.length + length, device=self.device)
@@ -265,16 +288,25 @@ class InferenceModel:
         if not isinstance(empty, KeyValues) or getattr(owner, "window", None) is not None:
             return empty
         _, _, heads, head_dim = empty.key.shape
+        memory = MemoryOptions()
         if getattr(owner, "remembers", False):
-            reserve = self.memory.room(self.config, reserve)
-        return self._cache(batch_size, heads, head_dim, reserve)
+            memory, reserve = self.memory, self.windows.room(self.config, reserve)
+        return self._cache(batch_size, heads, head_dim, reserve, memory)
 
     def _shared_cache(self, batch_size: int, reserve: int) -> KeyValueCache:
-        return self._cache(batch_size, self._shared_heads, self.config.head_dim, reserve)
+        return self._cache(batch_size, self._shared_heads, self.config.head_dim, reserve, MemoryOptions())
 
-    def _cache(self, batch_size: int, heads: int, head_dim: int, reserve: int) -> KeyValueCache:
+    def _cache(self, batch_size: int, heads: int, head_dim: int, reserve: int, memory: MemoryOptions) -> KeyValueCache:
         return KeyValueCache.empty(
-            batch_size, heads, head_dim, self.dtype, self.device, storage=self.storage, reserve=reserve
+            batch_size,
+            heads,
+            head_dim,
+            self.dtype,
+            self.device,
+            storage=self.storage,
+            reserve=reserve,
+            place=memory.place,
+            search=memory.search,
         )
 
     @property

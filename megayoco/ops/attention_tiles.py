@@ -11,6 +11,9 @@ Backends, by the names of backends.py; conventions are translated here, once for
     torch_cudnn     torch's cuDNN kernel: squares and rectangles, no windows, no masks
     cudnn_frontend  cuDNN through its own package: causal aligned bottom-right, windows, no masks
     math            matrix products in fp32 or wider: everything, and what the kernels leave
+
+CUDA kernels want head dims that are multiples of 8; others (100 in OpenLLaMA-3B) are filled up with zeros, which
+changes no score.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -27,6 +31,10 @@ REGULAR = 256
 """cuDNN plans every new shape for tenths of a second: rectangles that are no multiples of this go to torch_flash."""
 BOTTOM_RIGHT = ("torch_flash", "fa3", "flash_attn", "cudnn_frontend")
 """Backends that serve causal rectangles of any shape, and windows in them, by themselves."""
+HEAD_DIMS = 8
+"""Head dims are multiples of this for CUDA kernels."""
+ANY_HEAD_DIM = ("cpu_flash", "math")
+"""Backends that take any head dim."""
 
 
 class Tile(NamedTuple):
@@ -43,7 +51,12 @@ class Tile(NamedTuple):
 
 def tile_forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, backend: str) -> tuple[Tensor, Tensor]:
     """(out in q's dtype, lse) of a rectangle in which every row sees a key."""
-    return _operator(q, k, tile, backend)[0](q, k, v, tile)
+    backend = _serving(q, k, tile, backend)
+    forward, K = OPERATORS[backend][0], q.shape[-1]
+    if backend in ANY_HEAD_DIM or K % HEAD_DIMS == 0:
+        return forward(q, k, v, tile)
+    out, lse = forward(*map(_filled, (q, k, v)), tile)
+    return out[..., :K], lse
 
 
 def tile_backward(
@@ -53,7 +66,12 @@ def tile_backward(
 
     They come in the inputs' dtype, from math in fp32 or wider.
     """
-    return _operator(q, k, tile, backend)[1](dout, q, k, v, out, lse, tile)
+    backend = _serving(q, k, tile, backend)
+    backward, K = OPERATORS[backend][1], q.shape[-1]
+    if backend in ANY_HEAD_DIM or K % HEAD_DIMS == 0:
+        return backward(dout, q, k, v, out, lse, tile)
+    dq, dk, dv = backward(*map(_filled, (dout, q, k, v, out)), lse, tile)
+    return dq[..., :K], dk[..., :K], dv[..., :K]
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -61,13 +79,19 @@ Forward = Callable[[Tensor, Tensor, Tensor, Tile], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tile], Gradients]
 
 
-def _operator(q: Tensor, k: Tensor, tile: Tile, backend: str) -> tuple[Forward, Backward]:
+def _serving(q: Tensor, k: Tensor, tile: Tile, backend: str) -> str:
+    """The backend, or the one that serves what it leaves."""
     T, S = q.shape[1], k.shape[1]
     if tile.mask is not None and backend != "cpu_flash":
-        backend = "math"
-    elif backend in ("torch_cudnn", "cudnn_frontend") and (T % REGULAR or S % REGULAR) and not (tile.causal and T < S):
-        backend = "torch_flash"
-    return OPERATORS[backend]
+        return "math"
+    if backend in ("torch_cudnn", "cudnn_frontend") and (T % REGULAR or S % REGULAR) and not (tile.causal and T < S):
+        return "torch_flash"
+    return backend
+
+
+def _filled(x: Tensor) -> Tensor:
+    """With zeros behind its last dimension, up to a multiple of HEAD_DIMS."""
+    return F.pad(x, (0, -x.shape[-1] % HEAD_DIMS))
 
 
 def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:

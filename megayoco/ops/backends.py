@@ -126,7 +126,7 @@ def _candidates(choice: str, on_gpu: bool) -> list[str]:
 
 def _fits(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> bool:
     """Whether the kernel is made for such inputs."""
-    if dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
+    if dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
         return False
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     if name == "fa3":

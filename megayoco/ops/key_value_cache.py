@@ -4,15 +4,14 @@ Shapes: B batch, T tokens of the chunk, S tokens so far (the chunk's included), 
         tensor rank, K head dim.
 Memory: room for the tokens announced by `reserve`, then twice what is needed whenever the room is full, so appending
         costs O(1) copies per token; never the longest length that a model could read. Tokens that `last` has dropped
-        give their room back when the others are copied next: half of the room at most is theirs.
-Source: the narrow storage is symmetric, with one fp32 scale per token and head, as KIVI (arXiv 2402.02750) does for
-        values.
+        give their room back when the others are copied next: about half of the room at most is theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,50 +20,51 @@ from torch import Tensor
 from megayoco.ops.attention import causal_attention
 from megayoco.ops.attention_tiles import Tile, tile_forward
 from megayoco.ops.backends import attention_backend
+from megayoco.ops.key_value_storage import STORAGES as STORAGES
+from megayoco.ops.key_value_storage import Buffer, Place
 from megayoco.ops.key_values import KeyValues
 
-STORAGES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""Narrow dtypes of a cache, by the names that users give."""
+if TYPE_CHECKING:
+    from megayoco.ops.memory_search import Search
 
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _BLOCK = 4096
-"""Tokens of a narrow cache that are widened at a time."""
+"""Tokens of a narrow cache, or of one on another device, that are brought to the queries at a time."""
+_LONG_BLOCK = 1 << 16
+"""Tokens of other keys that a single query is compared with at a time."""
 _MASKED_ROWS = 256
 """Queries whose masked scores against one block exist at a time."""
 _ROUND = 64
 """Room is a multiple of so many tokens."""
 
 
-@dataclass(eq=False)
-class _Buffer:
-    """Room for (B, g, capacity, K): a head's tokens are neighbours, which decoding reads twice as fast."""
+@dataclass(frozen=True)
+class _Settings:
+    """What a cache and its continuations have in common."""
 
-    key: Tensor
-    value: Tensor
-    key_scale: Tensor | None
-    """(B, g, capacity, 1) fp32 for narrow storage."""
-    value_scale: Tensor | None
-    filled: int = 0
-    """Places written; only a cache that ends here may append in place."""
-
-    def tensors(self) -> list[Tensor]:
-        return [x for x in (self.key, self.value, self.key_scale, self.value_scale) if x is not None]
+    dtype: torch.dtype
+    device: torch.device
+    place: Place
+    reserve: int
+    search: Search | None
 
 
 class KeyValueCache:
     """A context of attention that sees everything: the tokens so far, as a value.
 
     `combine` gives a longer cache and leaves this one valid. The newest cache of a buffer appends in place; one that
-    has been continued already is copied first, so several continuations of one prefix never see each other.
+    has been continued already is copied first, so several continuations of one prefix never see each other. Tokens that
+    were loaded (`over`) are never copied: all continuations share them.
     """
 
-    def __init__(self, buffer: _Buffer, tokens: int, dtype: torch.dtype, reserve: int = 0, dropped: int = 0) -> None:
+    def __init__(
+        self, buffer: Buffer, tokens: int, settings: _Settings, base: Buffer | None = None, dropped: int = 0
+    ) -> None:
+        self._base = base
+        self._begin = 0 if base is None else base.filled
         self._buffer = buffer
-        self._reserve = reserve
-        self._dropped = dropped  # places of the buffer in front of the tokens
+        self._dropped = dropped  # places in front of the tokens, in the base first
+        self._settings = settings
         self.tokens = tokens
-        self.dtype = dtype
-        """What keys and values are computed in, whatever they are stored in."""
 
     @staticmethod
     def empty(
@@ -76,18 +76,69 @@ class KeyValueCache:
         *,
         storage: torch.dtype | None = None,
         reserve: int = 0,
+        place: Place | None = None,
+        search: Search | None = None,
     ) -> KeyValueCache:
         """No token yet.
 
         Args:
             batch_size, heads, head_dim: B, g, K.
             dtype: of the keys and values that will come, and of the queries.
-            device: where they lie.
+            device: of the queries.
             storage: a dtype of `STORAGES` to keep them in; None: `dtype`.
             reserve: tokens to make room for at once, when the first come.
+            place: where they lie; None: on `device`.
+            search: how memory attention chooses among the remembered keys; None: it reads all of them.
         """
-        buffer = _allocate((batch_size, heads, 0, head_dim), storage or dtype, device)
-        return KeyValueCache(buffer, 0, dtype, reserve)
+        settings = _Settings(dtype, device, place or Place(device), reserve, search)
+        buffer = Buffer.allocate((batch_size, heads, 0, head_dim), storage or dtype, settings.place)
+        return KeyValueCache(buffer, 0, settings)
+
+    def over(self, base: Buffer) -> KeyValueCache:
+        """The tokens of `base`, which is only read, in place of this cache's none.
+
+        Raises:
+            ValueError: this cache has tokens, or keeps them in another shape, dtype or place.
+        """
+        own, given = ((x.shape[:2], x.shape[3], x.dtype, x.device) for x in (self._buffer.key, base.key))
+        if self.tokens or own != given:
+            raise ValueError(f"keys {given} do not fit a cache of {self.tokens} tokens, {own}")
+        return KeyValueCache(self._buffer, base.filled, self._settings, base)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are computed in, whatever they are stored in."""
+        return self._settings.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are computed with, wherever they lie."""
+        return self._settings.device
+
+    @property
+    def place(self) -> Place:
+        """Where they lie."""
+        return self._settings.place
+
+    @property
+    def search(self) -> Search | None:
+        """How memory attention chooses among the remembered keys; None: it reads all of them."""
+        return self._settings.search
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self._buffer.key.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """g."""
+        return self._buffer.key.shape[1]
+
+    @property
+    def storage(self) -> torch.dtype:
+        """What keys and values are stored in."""
+        return self._buffer.key.dtype
 
     @property
     def is_narrow(self) -> bool:
@@ -95,84 +146,128 @@ class KeyValueCache:
         return self._buffer.key_scale is not None
 
     @property
+    def is_one_view(self) -> bool:
+        """Whether all keys are one tensor on the device of the queries, in their dtype."""
+        return len(self.spans(0, self.tokens)) == 1 and not self._in_blocks
+
+    @property
     def bytes(self) -> int:
         """Bytes that the tokens so far take, without the room for more."""
-        return sum(x[:, :, self._places()].numel() * x.element_size() for x in self._buffer.tensors())
+        return sum(
+            x[:, :, first:last].numel() * x.element_size()
+            for buffer, first, last, _ in self.spans(0, self.tokens)
+            for x in buffer.tensors()
+        )
 
     @property
     def key(self) -> Tensor:
-        """(B, S, g, K), as they came; a view unless the storage is narrow."""
+        """(B, S, g, K), as they came; a view where `is_one_view`."""
         return self._wide(0, self.tokens)[0].transpose(1, 2)
 
     @property
     def value(self) -> Tensor:
-        """(B, S, g, K); a view unless the storage is narrow."""
+        """(B, S, g, K); a view where `is_one_view`."""
         return self._wide(0, self.tokens)[1].transpose(1, 2)
 
     def part(self, start: int, end: int) -> KeyValues:
-        """The tokens number start .. end - 1, both (B, end - start, g, K) in the compute dtype; views unless the
-        storage is narrow."""
+        """The tokens number start .. end - 1, both (B, end - start, g, K) in the compute dtype on the queries' device;
+        views where the stored numbers are that already."""
         key, value = self._wide(start, end)
         return KeyValues(key.transpose(1, 2), value.transpose(1, 2))
 
     def pieces(self, start: int, end: int) -> Iterator[KeyValues]:
-        """The same one after the other: at once where they are views, else never more than 4096 tokens."""
-        step = _BLOCK if self.is_narrow else max(end - start, 1)
-        return (self.part(first, min(first + step, end)) for first in range(start, end, step))
+        """The same one after the other: views as long as they can be, else never more than 4096 tokens."""
+        step = _BLOCK if self._in_blocks else max(end - start, 1)
+        return (self.part(first, last) for first, last in self._blocks(start, end, step))
+
+    def key_blocks(self, start: int, end: int, step: int, batch: slice) -> Iterator[tuple[int, Tensor]]:
+        """The keys number start .. end - 1 of some rows, at most `step` at a time: the number of the first, and
+        (B', g, n, K) as in `part`."""
+        for begin, stop in self._blocks(start, end, step):
+            for buffer, first, last, offset in self.spans(begin, stop):
+                yield first + offset, buffer.keys(first, last, self.dtype, batch).to(self.device)
+
+    def gather(self, numbers: Tensor, batch: slice = slice(None)) -> KeyValues:
+        """The tokens (B', g, n) int64 of the rows `batch`, both (B', g, n, K) in the compute dtype on the queries'
+        device. A copy, of these alone."""
+        numbers = numbers.to(self._buffer.key.device) + self._dropped
+        if self._base is None:
+            found = self._buffer.gather(numbers, batch, self.dtype)
+        elif self._dropped + self.tokens == self._begin:
+            found = self._base.gather(numbers, batch, self.dtype)
+        else:
+            old = self._base.gather(numbers.clamp(max=self._begin - 1), batch, self.dtype)
+            new = self._buffer.gather((numbers - self._begin).clamp(min=0), batch, self.dtype)
+            is_old = (numbers < self._begin)[..., None]
+            found = torch.where(is_old, old[0], new[0]), torch.where(is_old, old[1], new[1])
+        return KeyValues(*(x.to(self.device) for x in found))
+
+    def spans(self, start: int, end: int) -> list[tuple[Buffer, int, int, int]]:
+        """Where the tokens number start .. end - 1 lie, in their order: (buffer, its tokens first .. last - 1, what has
+        to be added to their numbers there)."""
+        found: list[tuple[Buffer, int, int, int]] = []
+        begin, dropped = self._begin, self._dropped
+        start, end = start + dropped, end + dropped
+        if self._base is not None and start < begin:
+            found.append((self._base, start, min(end, begin), -dropped))
+        if end > begin or not found:
+            found.append((self._buffer, max(start - begin, 0), max(end - begin, 0), begin - dropped))
+        return found
 
     def combine(self, right: KeyValues) -> KeyValueCache:
         """These tokens, then `right`'s, both (B, T, g, K)."""
-        count = self.tokens + right.key.shape[1]
-        buffer, dropped = self._buffer, self._dropped
-        if buffer.filled != dropped + self.tokens or buffer.key.shape[2] < dropped + count:
-            buffer, dropped = self._copy(count), 0
-        new = slice(dropped + self.tokens, dropped + count)
-        for target, scale, x in (
-            (buffer.key, buffer.key_scale, right.key),
-            (buffer.value, buffer.value_scale, right.value),
-        ):
-            x = x.transpose(1, 2)
-            if scale is not None:
-                largest = _LARGEST[target.dtype]
-                unit = x.float().abs().amax(-1, keepdim=True).clamp_(min=1e-12) / largest
-                scale[:, :, new] = unit
-                x = (x.float() / unit).clamp_(-largest, largest)
-                x = x.round_() if target.dtype == torch.int8 else x
-            target[:, :, new] = x.to(target.dtype)
-        buffer.filled = dropped + count
-        return KeyValueCache(buffer, count, self.dtype, self._reserve, dropped)
+        own, count = self._own, right.key.shape[1]
+        if self._buffer.filled != own or self._buffer.capacity < own + count:
+            return self._moved(count).combine(right)
+        self._buffer.write(own, right.key, right.value)
+        return KeyValueCache(self._buffer, self.tokens + count, self._settings, self._base, self._dropped)
 
     def last(self, count: int) -> KeyValueCache:
         """The last `count` tokens, or all where there are fewer; nothing is copied."""
-        dropped = max(self.tokens - count, 0)
-        tokens = self.tokens - dropped
-        return KeyValueCache(self._buffer, tokens, self.dtype, self._reserve, self._dropped + dropped)
+        tokens = min(self.tokens, count)
+        dropped = self._dropped + self.tokens - tokens
+        if dropped >= self._begin:
+            return KeyValueCache(self._buffer, tokens, self._settings, None, dropped - self._begin)
+        return KeyValueCache(self._buffer, tokens, self._settings, self._base, dropped)
 
-    def _places(self) -> slice:
-        """Where the tokens are in the buffer."""
-        return slice(self._dropped, self._dropped + self.tokens)
+    @property
+    def _own(self) -> int:
+        """Places of the buffer up to the last token."""
+        return self._dropped + self.tokens - self._begin
 
-    def _copy(self, count: int) -> _Buffer:
-        """The tokens so far in a buffer with room for `count`, and more."""
-        old = self._buffer
-        B, g, capacity, K = old.key.shape
-        if self._dropped:
-            capacity = 2 * count
-        elif count > capacity:
-            capacity = max(2 * count if self.tokens else count, self._reserve if count <= self._reserve else 0)
-        buffer = _allocate((B, g, -(-capacity // _ROUND) * _ROUND, K), old.key.dtype, old.key.device)
-        for target, source in zip(buffer.tensors(), old.tensors(), strict=True):
-            target[:, :, : self.tokens] = source[:, :, self._places()]
-        return buffer
+    def _moved(self, count: int) -> KeyValueCache:
+        """The same in a buffer of its own, with room for `count` more tokens; what was dropped stays behind."""
+        gone = self._dropped if self._base is None else 0
+        needed = self._own - gone + count
+        capacity, reserve = self._buffer.capacity, self._settings.reserve
+        if gone:
+            capacity = 2 * needed
+        elif needed > capacity:
+            capacity = max(2 * needed if self._own else needed, reserve if needed <= reserve else 0)
+        buffer = self._buffer.copy(self._own, -(-capacity // _ROUND) * _ROUND, self.place, gone)
+        return KeyValueCache(buffer, self.tokens, self._settings, self._base, self._dropped - gone)
+
+    @property
+    def _in_blocks(self) -> bool:
+        """Whether reading makes a copy: of a narrow cache, or of one on another device than the queries'."""
+        return self.is_narrow or self.place.device != self.device
+
+    def _blocks(self, start: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+        """The numbers start .. end - 1 cut where the tokens lie apart, and to `step`."""
+        for _, first, last, offset in self.spans(start, end):
+            for begin in range(first, last, step):
+                yield begin + offset, min(begin + step, last) + offset
 
     def _wide(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, g, end - start, K) in the compute dtype."""
-        buffer, start, end = self._buffer, self._dropped + start, self._dropped + end
-        key, value = buffer.key[:, :, start:end], buffer.value[:, :, start:end]
-        if buffer.key_scale is None or buffer.value_scale is None:
+        """Keys and values (B, g, end - start, K) in the compute dtype, on the queries' device."""
+        parts = [
+            tuple(read(first, last, self.dtype).to(self.device) for read in (buffer.keys, buffer.values))
+            for buffer, first, last, _ in self.spans(start, end)
+        ]
+        if len(parts) == 1:
+            key, value = parts[0]
             return key, value
-        scales = buffer.key_scale[:, :, start:end], buffer.value_scale[:, :, start:end]
-        key, value = ((x.float() * scale).to(self.dtype) for x, scale in zip((key, value), scales, strict=True))
+        key, value = (torch.cat(x, 2) for x in zip(*parts, strict=True))
         return key, value
 
 
@@ -188,7 +283,7 @@ def attention_over_cache(q: Tensor, cache: KeyValueCache, *, scale: float, first
     Returns:
         (B, T, H, K) in q's dtype. A narrow cache is widened in blocks: never more than 4096 tokens of it at once.
     """
-    if cache.is_narrow:
+    if not cache.is_one_view:
         return _attention_in_blocks(q, cache, scale, first_key)
     key, value = cache._wide(0, cache.tokens)
     if q.shape[1] > 1:
@@ -209,8 +304,8 @@ def _attention_in_blocks(q: Tensor, cache: KeyValueCache, scale: float, first_ke
     backend = attention_backend(q, None)
     out: Tensor | None = None
     lse = torch.empty(0)
-    for start in range(0, S, _BLOCK):
-        end = min(start + _BLOCK, S)
+    step = _LONG_BLOCK if T == 1 and not cache._in_blocks else _BLOCK
+    for start, end in cache._blocks(0, S, step):
         key, value = cache._wide(start, end)
         if start >= open_from and end <= S - T + 1:
             part, part_lse = tile_forward(q, key.transpose(1, 2), value.transpose(1, 2), Tile(scale), backend)
@@ -255,10 +350,3 @@ def _masked(
     p = (scores - lse).exp().nan_to_num_(0)
     out = torch.einsum("brghs,bgsk->brghk", p, value.to(wide))
     return out.reshape(B, R, H, K), lse.reshape(B, R, H, 1)
-
-
-def _allocate(shape: tuple[int, int, int, int], storage: torch.dtype, device: torch.device) -> _Buffer:
-    narrow = storage in _LARGEST
-    key, value = (torch.empty(shape, dtype=storage, device=device) for _ in range(2))
-    key_scale, value_scale = (torch.empty((*shape[:3], 1), device=device) if narrow else None for _ in range(2))
-    return _Buffer(key, value, key_scale, value_scale)

@@ -31,12 +31,16 @@ from megayoco.ops.attention_store import KEYS_PER_SLICE, KEYS_PER_SLICE_CUDA
 from megayoco.ops.backends import attention_backend
 from megayoco.ops.key_value_cache import KeyValueCache
 from megayoco.ops.key_values import KeyValues
+from megayoco.ops.memory_search import attention_over_nearest
 from megayoco.ops.windows import Span, Windows
 
 NOTHING = slice(0, 0)
 
 Remembered = Callable[[slice, slice], Iterable[tuple[Tensor, Tensor]]]
 """(batch entries, key numbers) -> keys and values (B', S', G, K) of these, piece by piece."""
+Nearest = Callable[[Tensor, slice, slice], tuple[Tensor, Tensor] | None]
+"""(queries (B', R, H, K), batch entries, key numbers) -> attention over some of these keys and its log-sum-exp, both in
+fp32 or wider. None: all of them are to be read."""
 
 
 class Step(NamedTuple):
@@ -176,7 +180,8 @@ def memory_attention_over_context(
     scale: float,
 ) -> Tensor:
     """The same over the tokens of a context, its keys without rotation, and without gradient. The memory is read where
-    it lies, never copied; a narrow cache is widened in blocks.
+    it lies, never copied; a narrow cache is widened in blocks. Of a memory with a search, the best keys of each query
+    are read (memory_search.py).
 
     Args:
         q: (B, T, H, K), rotated by the places in the windows, for the memory.
@@ -190,7 +195,7 @@ def memory_attention_over_context(
     def remembered(batch: slice, keys: slice) -> Iterable[tuple[Tensor, Tensor]]:
         if isinstance(context, KeyValueCache):
             return ((key[batch], value[batch]) for key, value in context.pieces(keys.start, keys.stop))
-        return [(context.key[batch, keys], context.value[batch, keys])]
+        return [(context.key[batch, keys], context.value[batch, keys])] if keys != NOTHING else []
 
     if isinstance(context, KeyValueCache):
         first = context.tokens - rotated.shape[1]
@@ -199,7 +204,17 @@ def memory_attention_over_context(
         first = context.key.shape[1] - rotated.shape[1]
         value = context.value[:, first:]
     backend = attention_backend(q, None)
-    return _forward(q, q_local, rotated, value, first, remembered, segments, scale, backend)[0]
+    search = context.search if isinstance(context, KeyValueCache) else None
+    if search is not None:  # among keys that all queries of a segment remember
+        segments = [window for segment in segments for window in _single_windows(segment)]
+
+    def nearest(own: Tensor, batch: slice, keys: slice) -> tuple[Tensor, Tensor] | None:
+        if search is None or keys.stop - keys.start <= search.top_k:
+            return None
+        assert isinstance(context, KeyValueCache)
+        return attention_over_nearest(own, context, keys, scale, batch)
+
+    return _forward(q, q_local, rotated, value, first, remembered, segments, scale, backend, nearest)[0]
 
 
 def memory_attention_naive(
@@ -304,6 +319,7 @@ def _forward(
     segments: Sequence[Segment],
     scale: float,
     backend: str,
+    nearest: Nearest | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out (B, T, H, K) in q's dtype, lse (B, H, T) in fp32 or wider); local keys and values begin with key `first`."""
     B, T, H, _ = q.shape
@@ -315,24 +331,43 @@ def _forward(
         own, at_local = q[batch, rows], (batch, _moved(local, -first))
         given = q_local[batch, rows], rotated[at_local], local_value[at_local]
         if steps:
-            part = _local_edge(segment, q.device)
-            y, lse = forward_by_parts(*given, part.seen, parts=part.parts, **options)
+            edge = _local_edge(segment, q.device)
+            y, lse = forward_by_parts(*given, edge.seen, parts=edge.parts, **options)
         else:
             parts, count = _local_parts(rows, local, backend)
             y, lse = forward_by_parts(*given, Rows(count), parts=parts, **options)
-        if memory != NOTHING:
+        found = None if memory == NOTHING or nearest is None else nearest(own, batch, memory)
+        if found is not None:
+            y = y.to(wide)
+            _merge(y, lse, *found)
+        elif memory != NOTHING:
             y = y.to(wide)
             for edge in _memory_edges(segment, q.device) if steps else ():
                 at = edge.rows
-                for key, value in remembered(batch, edge.keys):
-                    more = forward_by_parts(own[:, at], key, value, edge.seen, parts=edge.parts, **options)
-                    _merge(y[:, at], lse[:, :, at], *more)
+                key, value = (torch.cat(x, 1) for x in zip(*remembered(batch, edge.keys), strict=True))
+                more = forward_by_parts(own[:, at], key, value, edge.seen, parts=edge.parts, **options)
+                _merge(y[:, at], lse[:, :, at], *more)
             for key, value in remembered(batch, _remembered_by_all(segment)):
                 parts, count = _memory_parts(rows, key.shape[1])
                 _merge(y, lse, *forward_by_parts(own, key, value, Rows(count), parts=parts, **options))
         out[batch, rows] = y.to(q.dtype)
         all_lse[batch, :, rows] = lse
     return out, all_lse
+
+
+def _single_windows(segment: Segment) -> list[Segment]:
+    """A segment for each of its windows."""
+    if not segment.steps:
+        return [segment]
+    found, row, own = [], segment.rows.start, segment.local.stop - segment.rows.stop
+    for step in segment.steps:
+        rows = slice(row, row + step.rows)
+        memory = NOTHING
+        if segment.memory != NOTHING and step.memory < step.local:
+            memory = slice(step.memory, step.local)
+        found.append(Segment(rows, slice(step.local, own + rows.stop), memory, segment.batch))
+        row = rows.stop
+    return found
 
 
 class _Edge(NamedTuple):

@@ -17,8 +17,8 @@ from megayoco.generate.sampling import GREEDY
 from megayoco.generate.scoring import score, score_continuations
 from megayoco.model.decoder import Decoder, build_decoder
 from megayoco.model.inference import DecoderContext, InferenceModel, cache_bytes
-from megayoco.model.memory_use import MemoryUse
 from megayoco.model.parameters import canonical_parameters
+from megayoco.model.window_options import WindowOptions
 from megayoco.ops.key_value_cache import STORAGES
 from tests.generate.models import build
 from tests.layers.memory_reference import windowed_logits
@@ -41,7 +41,7 @@ def decoder(model: ModelConfig) -> Decoder:
 
 def inference(model: ModelConfig = LONGLLAMA, storage: str | None = None, **use: int) -> InferenceModel:
     narrow = None if storage is None else STORAGES[storage]
-    return InferenceModel.of(decoder(model), storage=narrow, memory=MemoryUse(**use).checked(model))
+    return InferenceModel.of(decoder(model), storage=narrow, windows=WindowOptions(**use).checked(model))
 
 
 def text(length: int, seed: int = 1) -> list[int]:
@@ -112,7 +112,7 @@ def test_rows_of_any_lengths_do_not_know_of_each_other(use, chunk):
 @pytest.mark.parametrize("name", ["longllama", "memory"])
 def test_batches_turns_and_scores_with_eviction(name):
     """A LLaMA and a YOCO with memory layers, through everything that reads a text."""
-    model = InferenceModel.of(build(name, torch.float64), memory=MemoryUse(evicted=2, capacity=9))
+    model = InferenceModel.of(build(name, torch.float64), windows=WindowOptions(evicted=2, capacity=9))
     rows = [[(7 * i * i + 3 * r) % 250 for i in range(length)] for r, length in enumerate((23, 1, 17))]
     alone = [list(generate(model, row, 8, GREEDY, prefill_chunk=5)) for row in rows]
     assert generate_batch(model, rows, 8, GREEDY, prefill_chunk=7) == alone
@@ -239,9 +239,9 @@ def test_what_cannot_be_is_refused():
         ({"last_context": 7}, "--last-context 7 exceeds the model's window of 6 tokens"),
     ):
         with pytest.raises(UserError, match=message):
-            MemoryUse(**use).checked(LONGLLAMA)
+            WindowOptions(**use).checked(LONGLLAMA)
     with pytest.raises(UserError, match="--memory-capacity: the model has no memory layers"):
-        MemoryUse(capacity=3).resolved(plain)
-    assert MemoryUse().resolved(plain) == MemoryUse()
-    assert MemoryUse(capacity=3).resolved(LONGLLAMA).evicted in range(1, W + 1)
-    assert MemoryUse(last_context=3).resolved(LONGLLAMA) == MemoryUse(last_context=3)
+        WindowOptions(capacity=3).resolved(plain)
+    assert WindowOptions().resolved(plain) == WindowOptions()
+    assert WindowOptions(capacity=3).resolved(LONGLLAMA).evicted in range(1, W + 1)
+    assert WindowOptions(last_context=3).resolved(LONGLLAMA) == WindowOptions(last_context=3)

@@ -12,9 +12,9 @@ from megayoco.ops.attention_tiles import OPERATORS, Tile, tile_backward, tile_fo
 SCALE = 0.3
 
 
-def random_inputs(T, S, dtype=torch.float64):
+def random_inputs(T, S, dtype=torch.float64, head_dim=8):
     generator = torch.Generator().manual_seed(0)
-    shapes = (2, T, 4, 8), (2, S, 2, 8), (2, S, 2, 8), (2, T, 4, 8)
+    shapes = [(2, tokens, heads, head_dim) for tokens, heads in ((T, 4), (S, 2), (S, 2), (T, 4))]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
@@ -37,8 +37,8 @@ def hidden_by(tile, T, S):
     return (key > row) | (key <= row - (tile.window or S))
 
 
-def assert_serves(backend, tile, T, S):
-    q, k, v, dout = random_inputs(T, S)
+def assert_serves(backend, tile, T, S, head_dim=8):
+    q, k, v, dout = random_inputs(T, S, head_dim=head_dim)
     wanted = expected(q, k, v, dout, hidden_by(tile, T, S))
     out, lse = tile_forward(q, k, v, tile, backend)
     got = [out, lse, *tile_backward(dout, q, k, v, out, lse, tile, backend)]
@@ -83,7 +83,8 @@ def reference_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize(("tile", "T", "S"), BOTTOM_RIGHT)
-def test_the_flash_attn_package_is_called_by_its_conventions(monkeypatch, tile, T, S):
+@pytest.mark.parametrize("head_dim", [8, 12])
+def test_the_flash_attn_package_is_called_by_its_conventions(monkeypatch, tile, T, S, head_dim):
     forward, backward, tile_of = reference_kernel(monkeypatch)
 
     # signatures of flash-attn 2.7 and 2.8: a window counts the tokens on the left without the query, -1 is no limit
@@ -92,6 +93,7 @@ def test_the_flash_attn_package_is_called_by_its_conventions(monkeypatch, tile, 
         return_softmax,
     ):  # fmt: skip
         assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1] == -(-head_dim // 8) * 8
         assert window_size_right == (-1 if window_size_left < 0 else 0)
         left = -1 if window_size_left < 0 else window_size_left + 1
         out, lse = forward(q, k, v, tile_of(q.shape[1], k.shape[1], softmax_scale, causal, left, 0))
@@ -111,7 +113,7 @@ def test_the_flash_attn_package_is_called_by_its_conventions(monkeypatch, tile, 
     interface._wrapped_flash_attn_forward, interface._wrapped_flash_attn_backward = fake_forward, fake_backward
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    assert_serves("flash_attn", tile, T, S)
+    assert_serves("flash_attn", tile, T, S, head_dim)
 
 
 @pytest.fixture
@@ -188,9 +190,7 @@ def test_torchs_cuda_kernels_accept_the_calls(backend, tile, S):
 def test_cudnn_leaves_irregular_shapes_and_kernels_leave_masks():
     def served(backend, T, S, **options):
         q, k = (torch.empty(1, n, 1, 8, device="meta") for n in (T, S))
-        return next(
-            name for name, x in OPERATORS.items() if x == attention_tiles._operator(q, k, Tile(1.0, **options), backend)
-        )
+        return attention_tiles._serving(q, k, Tile(1.0, **options), backend)
 
     assert served("torch_cudnn", 256, 512) == "torch_cudnn"
     assert served("torch_cudnn", 256, 500) == served("torch_cudnn", 250, 512) == "torch_flash"

@@ -13,7 +13,7 @@ from megayoco.ops.windows import Eviction, PromptWindows
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryUse:
+class WindowOptions:
     """What a user chooses; all None: windows as in training, and everything is remembered."""
 
     evicted: int | None = None
@@ -43,7 +43,7 @@ class MemoryUse:
         }
         return {flag: value for flag, value in flags.items() if value is not None}
 
-    def checked(self, model: ModelConfig) -> MemoryUse:
+    def checked(self, model: ModelConfig) -> WindowOptions:
         """Itself. Raises UserError, in the words of the command line, for what does nothing here or does not fit."""
         given = self.given()
         if given and model.memory_window is None:
@@ -56,7 +56,7 @@ class MemoryUse:
                 )
         return self
 
-    def resolved(self, model: ModelConfig) -> MemoryUse:
+    def resolved(self, model: ModelConfig) -> WindowOptions:
         """With the eviction that generation takes where nothing is told; raises UserError as `checked` does."""
         self.checked(model)
         if model.memory_window is None or self.evicted is not None or self.last_context is not None:
