@@ -5,14 +5,19 @@
 
 Formats: `megayoco`, a run directory, a checkpoint of one, or an export; `hf`, a folder for transformers, with its code
 for YOCO and as LlamaForCausalLM for LLaMA; `llama`, LlamaForCausalLM alone; `yoco`, checkpoint.pth and params.json of
-the official code, read also from its training checkpoints; `fla`, the YOCO of flash-linear-attention.
+the official code, read also from its training checkpoints; `fla`, the YOCO of flash-linear-attention; `longllama`, a
+LLaMA with memory as the released LongLLaMA has it, with its code; `easylm`, streaming_params and llama_config.json of
+EasyLM, where LongLLaMA was trained.
+
+--memory-layers 6,12,18 --memory-window 2048 makes a LongLLaMA of a LLaMA, --memory-layers none the reverse; no tensor
+changes.
 
 Tensors are read, converted and written one at a time. Names that do not match are listed, and nothing is written. SAVE
 appears complete or not at all. Nothing that is read can run code.
 
 --check loads SAVE again and compares its logits in fp32 with those of the source, rounded to --dtype if that is given:
-those of `hf` and `llama` by transformers' own model of the folder, others by our reader. It fails above 1e-4 of the
-largest logit.
+those of `hf`, `llama` and `longllama` by transformers' own model of the folder, others by our reader. It fails above
+1e-4 of the largest logit.
 """
 
 import argparse
@@ -28,6 +33,7 @@ from tqdm import tqdm
 
 from megayoco.convert.canonical import EXPORT_FOLDER
 from megayoco.convert.formats import FORMATS, read_weights, write_weights
+from megayoco.convert.longllama import with_memory
 from megayoco.convert.weights import Cast, LazyTensors, Weights
 from megayoco.data.command import dashed, run_command
 from megayoco.data.tokenizer import Tokenizer, build_tokenizer
@@ -82,12 +88,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights; as they are unless told")
     add("--shard-size", default="5GB", metavar="SIZE", help="the most data in one file, such as 500MB: 5GB")
     add("--tokenizer", metavar="PATH", help="file or folder; in place of the one that comes with the weights, if any")
+    add(
+        "--memory-layers",
+        metavar="LIST",
+        help="numbers of a LLaMA's layers that get a memory, such as 6,12,18, or none",
+    )
+    add("--memory-window", type=int, metavar="TOKENS", help="tokens of a window, with --memory-layers")
     add("--check", action="store_true", help="load the result and compare its logits with the source's")
     add("--check-text", metavar="FILE", help=f"UTF-8 text for --check, the first {CHECKED_TOKENS} tokens of it count")
     add("--overwrite", action="store_true", help="replace an older conversion in DIR")
     options = parser.parse_args(dashed(arguments))
     if options.check_text and not options.check:
         raise UserError("--check-text is used only by --check: add that, or leave it out.")
+    if options.memory_layers not in (None, "none") and options.memory_window is None:
+        raise UserError("--memory-layers needs --memory-window, the tokens of a window, such as 2048.")
+    if options.memory_window is not None and options.memory_layers in (None, "none"):
+        raise UserError("--memory-window is used only with --memory-layers: give some, or leave it out.")
     return options
 
 
@@ -97,6 +113,16 @@ def shard_bytes(size: str) -> int:
     if match is None or int(match[1]) == 0:
         raise UserError(f"--shard-size {size} is no size. Say 5GB, or 500MB.")
     return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def memory_layers(layers: str) -> list[int]:
+    """Numbers of layers such as 6,12,18; none of them."""
+    if layers == "none":
+        return []
+    try:
+        return [int(layer) for layer in layers.split(",")]
+    except ValueError:
+        raise UserError(f"--memory-layers {layers} is no list of numbers. Say 6,12,18, or none.") from None
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -144,26 +170,39 @@ def our_logits(weights: Weights, tokens: Tensor) -> Tensor:
         return model.advance(tokens, model.empty_context(), last_only=False)[0][0]
 
 
-def logits_of_folder(folder: Path, target: str, tokens: Tensor) -> tuple[Tensor, str]:
-    """(T, V) fp32 of a written folder, and by what."""
-    if target not in ("hf", "llama"):
+def logits_of_folder(folder: Path, target: str, tokens: Tensor, window: int | None) -> tuple[Tensor, str]:
+    """(T, V) fp32 of a written folder, and by what; window: that of memory layers, which decides where text is cut."""
+    if target not in ("hf", "llama", "longllama"):
         return our_logits(read_weights(folder, target), tokens), "our reader"
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise UserError(f"--check of {target} needs transformers, version 5: pip install transformers.") from error
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    # our decoder cuts at multiples of the window, and keeps a memory as the weights are
+    memory = {} if window is None else {"last_context_length": window, "mem_dtype": "float32"}
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, **memory)
     with torch.no_grad():
         return model.eval()(tokens).logits[0], type(model).__name__ + " of transformers"
 
 
+def as_long_as_comparable(tokens: Tensor, weights: Weights, target: str) -> Tensor:
+    """(1, T): whole windows of a memory, as the released code cuts them elsewhere; without, what fits one window."""
+    window, length = weights.model.memory_window, tokens.shape[1]
+    if window is not None and length > window:
+        return tokens[:, : length // window * window]
+    if window is None and target == "longllama":
+        return tokens[:, : weights.facts.get("sequence_length")]
+    return tokens
+
+
 def check(weights: Weights, folder: Path, options: argparse.Namespace) -> None:
     """Compare the logits of both sides. Raises UserError if they differ."""
-    tokens = check_tokens(weights, options.check_text)
+    window = weights.model.memory_window
+    tokens = as_long_as_comparable(check_tokens(weights, options.check_text), weights, options.target)
     if options.dtype is not None:  # what rounding changes is no fault of the conversion
         weights = weights._replace(tensors=Cast(weights.tensors, getattr(torch, options.dtype)))
     expected = our_logits(weights, tokens)
-    found, by = logits_of_folder(folder, options.target, tokens)
+    found, by = logits_of_folder(folder, options.target, tokens, window)
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:  # also where it is no number
         raise UserError(
@@ -178,12 +217,15 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     load, save = Path(options.load), Path(options.save)
     size = shard_bytes(options.shard_size)
+    layers = None if options.memory_layers is None else memory_layers(options.memory_layers)
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     if options.check_text is not None:
         read_text(options.check_text)  # before anything is written
     if save.name == EXPORT_FOLDER and (save.parent / "checkpoints").is_dir() and options.target != "megayoco":
         raise UserError(f"--save {save} is where its run keeps its own export: --resume would refuse another format.")
     weights = read_weights(load, options.source, tokenizer)
+    if layers is not None:
+        weights = with_memory(weights, layers, options.memory_window)
     model, tensors = weights.model, weights.tensors
     stored = sum(torch.Size(tensors.shape(name)).numel() * tensors.dtype(name).itemsize for name in tensors)
     with tqdm(total=stored, unit="B", unit_scale=True, desc="convert", disable=None) as bar:

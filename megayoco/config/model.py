@@ -24,8 +24,8 @@ class ModelConfig:
 
     init_from: str | None = None
     """Folder of a model whose weights the run starts with: an export or a run of ours, a Hugging Face folder (ours,
-    LLaMA, flash-linear-attention's YOCO), official YOCO. Its shape fills the fields that are not given. Default: the
-    seed."""
+    LLaMA, LongLLaMA, flash-linear-attention's YOCO), official YOCO, EasyLM. Its shape fills the fields that are not
+    given. Default: the seed."""
 
     pattern: Pattern = "yoco"
     """`yoco`: self-decoder, shared keys and values, cross-decoder. `llama`: full attention in every layer, or with

@@ -44,6 +44,12 @@ def model_card(
 def cache_sizes(model: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str]]:
     """What generation keeps per token and, whatever the length, per sequence; in bytes, with what it consists of."""
     per_layer = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+    if model.memory_window is not None and model.pattern != "yoco":
+        remembered, windows = len(model.memory_layers), model.layers * model.memory_window * per_layer
+        return [
+            ("memory, per token", f"{remembered * per_layer:,} ({remembered} layers)"),
+            ("windows, per sequence", f"{windows:,}"),
+        ]
     if model.pattern != "yoco":
         return [("keys and values, per token", f"{model.layers * per_layer:,} ({model.layers} layers)")]
     layers = model.num_self_layers
@@ -57,6 +63,12 @@ def cache_sizes(model: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str]]
 
 
 def _introduction(model: ModelConfig) -> str:
+    if model.pattern == "llama" and model.memory_layers:
+        return (
+            "A decoder-only language model with memory (LongLLaMA, arXiv 2307.03170), written by MegaYOCO. All layers"
+            f" see a window of {model.memory_window:,} tokens; layers {', '.join(map(str, model.memory_layers))} also"
+            " everything before it."
+        )
     if model.pattern == "llama":
         return "A decoder-only language model (LLaMA), written by MegaYOCO."
     mixer = "gated retention" if model.self_mixer == "retention" else "sliding-window attention"

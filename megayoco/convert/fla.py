@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from megayoco.config import ModelConfig, model_config_from_dict
 from megayoco.convert.names import foreign_names, refuse_memory
+from megayoco.convert.rotary_rows import to_half_split, to_interleaved
 from megayoco.convert.stored import open_weights
 from megayoco.convert.transformers_folder import HubConfig, find_tokenizer, open_hub_weights, write_hub_folder
 from megayoco.convert.weights import Renamed, Weights
@@ -78,7 +77,7 @@ def read(folder: Path, tokenizer: Tokenizer | None = None) -> Weights:
     tensors = open_hub_weights(folder, model, own)
     return Weights(
         model,
-        Renamed(tensors, own, dict.fromkeys(_turned(model), partial(_to_interleaved, heads=model.num_self_heads))),
+        Renamed(tensors, own, dict.fromkeys(_turned(model), partial(to_interleaved, heads=model.num_self_heads))),
         find_tokenizer(folder, model, tokenizer),
         config.facts(),
     )
@@ -138,7 +137,7 @@ def write(directory: Path, weights: Weights, shard_bytes: int) -> None:
         "eos_token_id": None,
     }
     own = names(model)
-    turn = partial(_to_half_split, heads=model.num_self_heads)
+    turn = partial(to_half_split, heads=model.num_self_heads)
     tensors = Renamed(
         weights.tensors,
         {foreign: name for name, foreign in own.items()},
@@ -228,13 +227,3 @@ def _turned(model: ModelConfig) -> list[str]:
     """Canonical names of the matrices whose rows change places."""
     layers = range(model.num_self_layers) if model.self_mixer == "window" else ()
     return [f"layers.{i}.mixer.{name}_proj.weight" for i in layers for name in "qk"]
-
-
-def _to_half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head, interleaved pairs (0, 1), (2, 3) ... -> first of all pairs, then second of all pairs."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _to_interleaved(weight: Tensor, heads: int) -> Tensor:
-    """The way back."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)

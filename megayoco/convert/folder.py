@@ -17,12 +17,17 @@ FILES = (
     "config.json",
     "params.json",
     "checkpoint.pth",
+    "llama_config.json",
+    "streaming_params",
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
     "generation_config.json",
     "configuration_megayoco.py",
     "modeling_megayoco.py",
+    "configuration_longllama.py",
+    "cache_longllama.py",
+    "modeling_longllama.py",
     "README.md",
     "tokenizer",
     "tokenizer.json",
@@ -90,7 +95,7 @@ def check_destination(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target} is not empty. Give --overwrite to replace what is there, or choose another folder.")
     if strange := strangers(found, FILES):
         raise UserError(f"{target} holds {strange[0]}, which replacing it would delete. Move that away.")
-    if found and not {"config.json", "params.json"} & set(found):
+    if found and not {"config.json", "params.json", "llama_config.json"} & set(found):
         raise UserError(f"{target} does not look like a folder of weights. Move it away, or choose another.")
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from megayoco.config import ModelConfig
-from megayoco.convert import canonical, fla, hf, llama, yoco
+from megayoco.convert import canonical, easylm, fla, hf, llama, longllama, yoco
 from megayoco.convert.folder import check_destination
 from megayoco.convert.weights import Cast, Weights
 from megayoco.convert.writing import SHARD_BYTES
@@ -75,6 +75,20 @@ FORMATS = {
         llama.read,
         llama.check_writable,
         llama.write,
+    ),
+    "longllama": Format(
+        _has_model_type(longllama.MODEL_TYPE),
+        f"config.json with model_type {longllama.MODEL_TYPE}",
+        longllama.read,
+        longllama.check_writable,
+        longllama.write,
+    ),
+    "easylm": Format(
+        easylm.recognises,
+        f"a file {easylm.WEIGHTS_FILE}* beside {easylm.CONFIG_FILE}",
+        easylm.read,
+        easylm.check_writable,
+        easylm.write,
     ),
     "fla": Format(
         _has_model_type(fla.MODEL_TYPE),

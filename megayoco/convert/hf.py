@@ -1,6 +1,7 @@
 """YOCO folders for transformers: config.json, weights, and the two Python files of megayoco/hf that bring the model.
 
-A model of pattern `llama` needs no code: it goes out as a LlamaForCausalLM, see llama.py.
+A model of pattern `llama` needs no code: it goes out as a LlamaForCausalLM, see llama.py; with memory layers it needs
+some, see longllama.py.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megayoco.config import ModelConfig, model_config_from_dict
-from megayoco.convert import llama
+from megayoco.convert import llama, longllama
 from megayoco.convert.names import foreign_names, refuse_memory
 from megayoco.convert.transformers_folder import HubConfig, find_tokenizer, open_hub_weights, write_hub_folder
 from megayoco.convert.weights import Renamed, Weights
@@ -63,6 +64,8 @@ def read(folder: Path, tokenizer: Tokenizer | None = None) -> Weights:
     config = HubConfig.of(folder)
     if config.values.get("model_type") == llama.MODEL_TYPE:
         return llama.read(folder, tokenizer)
+    if config.values.get("model_type") == longllama.MODEL_TYPE:
+        return longllama.read(folder, tokenizer)
     model = _model(config)
     own = names(model)
     tensors = open_hub_weights(folder, model, own)
@@ -71,20 +74,23 @@ def read(folder: Path, tokenizer: Tokenizer | None = None) -> Weights:
 
 def check_writable(model: ModelConfig) -> None:
     """Raises UserError if the format cannot express the model."""
+    if model.pattern == "llama" and model.memory_layers:
+        longllama.check_writable(model)
+        return
     refuse_memory(model, "the model for transformers")
     if model.window == 1:
         raise UserError("a window of one token has no cache in transformers: this model cannot go --to hf.")
 
 
 def write(directory: Path, weights: Weights, shard_bytes: int) -> None:
-    """Write a folder that transformers loads with trust_remote_code=True; a LLaMA without.
+    """Write a folder that transformers loads with trust_remote_code=True; a LLaMA without memory needs no code.
 
     Raises:
         UserError: something cannot be written.
     """
     model = weights.model
     if model.pattern == "llama":
-        llama.write(directory, weights, shard_bytes)
+        (longllama if model.memory_layers else llama).write(directory, weights, shard_bytes)
         return
     check_writable(model)
     config: dict[str, Any] = {

@@ -54,7 +54,7 @@ def read(folder: Path, tokenizer: Tokenizer | None = None) -> Weights:
     config = HubConfig.of(folder)
     model = _model(config)
     own = names(model)
-    tensors = open_hub_weights(folder, model, own, lambda name: name.endswith(_TABLES))
+    tensors = open_hub_weights(folder, model, own, is_table)
     return Weights(model, Renamed(tensors, own), find_tokenizer(folder, model, tokenizer), config.facts())
 
 
@@ -73,9 +73,20 @@ def write(directory: Path, weights: Weights, shard_bytes: int) -> None:
     """
     model = weights.model
     check_writable(model)
-    config: dict[str, Any] = {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+    config = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, **shape_fields(model)}
+    write_hub_folder(
+        directory, config, weights, foreign_tensors(weights), shard_bytes=shard_bytes, example=_EXAMPLE.lstrip()
+    )
+
+
+def foreign_tensors(weights: Weights) -> Renamed:
+    """The tensors of a LLaMA under the names of its folders."""
+    return Renamed(weights.tensors, {foreign: name for name, foreign in names(weights.model).items()})
+
+
+def shape_fields(model: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that a LLaMA's shape decides, and no ids of special tokens."""
+    return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.dim,
         "intermediate_size": model.hidden_dim,
@@ -93,12 +104,27 @@ def write(directory: Path, weights: Weights, shard_bytes: int) -> None:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    tensors = Renamed(weights.tensors, {foreign: name for name, foreign in names(model).items()})
-    write_hub_folder(directory, config, weights, tensors, shard_bytes=shard_bytes, example=_EXAMPLE.lstrip())
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor is no parameter, but a table that follows from the config."""
+    return name.endswith(_TABLES)
 
 
 def _model(config: HubConfig) -> ModelConfig:
     config.require_type(MODEL_TYPE, ARCHITECTURE)
+    config.refuse(
+        "mem_layers", (None, []), "a LLaMA has no memory layers; take it out, and give model.memory_layers in the run"
+    )
+    return model_config_from_dict(read_shape(config), config.where)
+
+
+def read_shape(config: HubConfig) -> dict[str, Any]:
+    """Fields of ModelConfig that the config.json of a LLaMA describes.
+
+    Raises:
+        UserError: a field is missing, or our layers cannot express it.
+    """
     dim, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     no_bias = "our layers have no bias"
     config.refuse("attention_bias", (False, None), no_bias)
@@ -107,25 +133,19 @@ def _model(config: HubConfig) -> ModelConfig:
     config.refuse(
         "head_dim", (None, dim // heads), f"our heads have hidden_size / num_attention_heads = {dim // heads}"
     )
-    config.refuse(
-        "mem_layers", (None, []), "a LLaMA has no memory layers; take it out, and give model.memory_layers in the run"
-    )
     config.refuse("quantization_config", (None,), "quantised weights cannot be converted")
-    return model_config_from_dict(
-        {
-            "pattern": "llama",
-            "dim": dim,
-            "layers": config.integer("num_hidden_layers"),
-            "hidden_dim": config.integer("intermediate_size"),
-            "heads": heads,
-            "kv_heads": config.integer("num_key_value_heads", heads),
-            "vocab_size": config.integer("vocab_size"),
-            "rope_theta": _rope_theta(config),
-            "norm_eps": config.number("rms_norm_eps", 1e-6),
-            "tie_embeddings": bool(config.values.get("tie_word_embeddings", False)),
-        },
-        config.where,
-    )
+    return {
+        "pattern": "llama",
+        "dim": dim,
+        "layers": config.integer("num_hidden_layers"),
+        "hidden_dim": config.integer("intermediate_size"),
+        "heads": heads,
+        "kv_heads": config.integer("num_key_value_heads", heads),
+        "vocab_size": config.integer("vocab_size"),
+        "rope_theta": _rope_theta(config),
+        "norm_eps": config.number("rms_norm_eps", 1e-6),
+        "tie_embeddings": bool(config.values.get("tie_word_embeddings", False)),
+    }
 
 
 def _rope_theta(config: HubConfig) -> float:

@@ -77,7 +77,7 @@ def refuse_memory(model: ModelConfig, format: str) -> None:
         raise UserError(
             f"{format} has no memory layers, and this model has (model.memory_layers"
             f" {', '.join(map(str, model.memory_layers))}): written so it would be another model. Write it by"
-            " --to megayoco."
+            f" --to {'longllama or --to ' if model.pattern == 'llama' else ''}megayoco."
         )
 
 

@@ -81,10 +81,14 @@ class HubConfig:
         if key in self.values and self.values[key] not in tuple(allowed):
             raise UserError(f"{self.where}: {key} is {json.dumps(self.values[key])}; {why}.")
 
-    def facts(self) -> dict[str, Any]:
-        """What is known of the training."""
+    def recorded_facts(self) -> dict[str, Any]:
+        """What the folder's writer knew of the training."""
         facts = self.values.get(FACTS)
-        found = dict(facts) if isinstance(facts, dict) else {}
+        return dict(facts) if isinstance(facts, dict) else {}
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the training, its length by max_position_embeddings if by nothing else."""
+        found = self.recorded_facts()
         longest = self.values.get("max_position_embeddings")
         if isinstance(longest, int):
             found.setdefault("sequence_length", longest)
@@ -190,8 +194,8 @@ def write_hub_folder(
             ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod, "pad_token_id": _pad_id(folder)}
         longest = weights.facts.get("sequence_length")
         complete = {
-            **config,
             **({} if longest is None else {"max_position_embeddings": longest}),
+            **config,
             **ids,
             "dtype": str(widest).removeprefix("torch."),
             FACTS: weights.facts,

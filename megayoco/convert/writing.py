@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,17 @@ SHARD_BYTES = 5_000_000_000
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""What safetensors calls the dtypes that are written."""
 
 
 def write_safetensors(folder: Path, tensors: LazyTensors, *, shard_bytes: int = SHARD_BYTES) -> list[str]:
@@ -72,20 +83,41 @@ def write_safetensors(folder: Path, tensors: LazyTensors, *, shard_bytes: int = 
 
 
 def _write_file(path: Path, tensors: LazyTensors, names: Sequence[str]) -> None:
-    """One file; its data is laid out widest dtype first, so that every tensor is aligned in a mapped file."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without this entry
+    def entry(name: str) -> Entry:
+        return Entry(tensors.shape(name), tensors.dtype(name), lambda: [tensor_bytes(name, tensors)])
+
+    # transformers refuses a file without this entry
+    write_file(path, {name: entry(name) for name in names}, {"format": "pt"})
+
+
+class Entry(NamedTuple):
+    """A tensor of a file that is still to be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Callable[[], Iterable[memoryview]]
+    """Asked for once, when the tensor is written: its bytes in C order, in pieces of any size."""
+
+
+def write_file(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, written in the order of its entries.
+
+    Its data is laid out widest dtype first, else in the order of the entries, so that every tensor is aligned in a
+    mapped file.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     begins, end = {}, 0
-    for name in sorted(names, key=lambda name: -tensors.dtype(name).itemsize):
-        shape, dtype = tensors.shape(name), tensors.dtype(name)
+    for name, (shape, dtype, _) in sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize):
         begins[name], end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
+        for name, entry in entries.items():
             file.seek(8 + len(text) + begins[name])
-            file.write(tensor_bytes(name, tensors))
+            for piece in entry.pieces():
+                file.write(piece)
 
 
 def tensor_bytes(name: str, tensors: LazyTensors) -> memoryview:

@@ -137,16 +137,23 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, data_size: int) -
 
 
 def collate(samples: Sequence[Sample], *, document_mask: bool) -> MicroBatch:
-    """Samples of T + 1 tokens as one micro-batch of T tokens each; the padding behind num_targets takes no loss.
+    """Samples of T + 1 tokens as one micro-batch of T tokens each; the padding behind num_targets takes no loss, and
+    padding in front of an example is a document of its own.
 
     In numpy throughout: torch operations in the loader's thread would start a second pool of compute threads.
     """
     tokens = np.stack([sample["tokens"][:-1] for sample in samples])
     targets = np.stack([sample["tokens"][1:] for sample in samples])
-    starts = np.zeros_like(tokens) if document_mask else None
+    padded = any(sample.get("padding") for sample in samples)
+    starts = np.zeros_like(tokens) if document_mask or padded else None
     for row, sample in enumerate(samples):
         targets[row, sample["num_targets"] :] = IGNORE
+        if "labelled" in sample:
+            targets[row, ~sample["labelled"]] = IGNORE
         if starts is not None:
+            padding = sample.get("padding", 0)
+            starts[row, padding:] = padding
+        if starts is not None and document_mask:
             borders = sample["borders"]
             targets[row, borders - 1] = IGNORE
             inside = borders[borders < tokens.shape[1]]

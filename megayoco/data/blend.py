@@ -1,6 +1,7 @@
 """Data paths: which datasets a run reads and with which weights, in Megatron's grammar.
 
     data path  = prefix | [prefix, ...] | [weight, prefix, weight, prefix, ...] | [{prefix, weight}, ...] | blend file
+                 (the entries of the last list may have min_document_length too)
     blend file = a list as above in .yaml, .yml or .json; {train: LIST, valid: LIST, test: LIST} with such lists, or
                  strings with blanks between the words (Megatron's --per-split-data-args-path); or a .txt file of words
                  (its --data-args-path)
@@ -34,10 +35,12 @@ _WHOLE = ""  # stands for the part of a file without parts, which is a list for 
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset of a blend; weight None means: as many samples as it holds, relative to the others."""
+    """One dataset of a blend; weight None means: as many samples as it holds, relative to the others; min_length None:
+    what holds for all datasets."""
 
     prefix: str
     weight: float | None
+    min_length: int | None = None
 
 
 def parse_blend(value: Any, key: str) -> list[Source]:
@@ -137,11 +140,14 @@ def _from_words(words: list[Any], key: str) -> list[Source]:
 
 def _from_entry(item: Any, key: str) -> Source:
     values = item if isinstance(item, dict) else getattr(item, "__dict__", {})
-    prefix, weight = values.get("prefix"), values.get("weight")
+    prefix, weight, least = (values.get(name) for name in ("prefix", "weight", "min_document_length"))
     number = weight is None or (isinstance(weight, int | float) and not isinstance(weight, bool))
-    if set(values) - {"prefix", "weight"} or not isinstance(prefix, str) or not number:
-        raise UserError(f"{key}: expected {{prefix: PATH, weight: NUMBER}}, got {item!r}")
-    return Source(strip_suffix(prefix), None if weight is None else float(weight))
+    number = number and (least is None or (isinstance(least, int) and not isinstance(least, bool) and least >= 0))
+    if set(values) - {"prefix", "weight", "min_document_length"} or not isinstance(prefix, str) or not number:
+        raise UserError(
+            f"{key}: expected {{prefix: PATH, weight: NUMBER}}, or min_document_length: TOKENS too, got {item!r}"
+        )
+    return Source(strip_suffix(prefix), None if weight is None else float(weight), least)
 
 
 def _read_blend_file(path: str, key: str) -> dict[str, list[dict[str, Any]]]:
@@ -156,8 +162,13 @@ def _read_blend_file(path: str, key: str) -> dict[str, list[dict[str, Any]]]:
     for name, words in content.items():
         words = words.split() if isinstance(words, str) else words
         sources = parse_blend(words, where) if words else []
-        parts[name] = [{"prefix": _beside(source.prefix, path), "weight": source.weight} for source in sources]
+        parts[name] = [_entry(source, path) for source in sources]
     return parts
+
+
+def _entry(source: Source, path: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"prefix": _beside(source.prefix, path), "weight": source.weight}
+    return entry if source.min_length is None else {**entry, "min_document_length": source.min_length}
 
 
 def _parsed(path: str, key: str) -> Any:

@@ -22,11 +22,11 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,8 @@ from megayoco.data.order import Permutation
 from megayoco.errors import UserError
 
 log = logging.getLogger(__name__)
+
+Opened = TypeVar("Opened")
 
 FORMAT = 2
 """Part of every key and of a run's identity: a release that orders samples in another way raises it."""
@@ -49,12 +51,18 @@ class OrderSettings:
     """The sequences that take part, from and to, as fractions of their number."""
 
     seed: int | None
-    """Of the order; None leaves the order of the file."""
+    """Of the order, and of which long documents come once more than others; None leaves the order of the file."""
 
     long_document: int | None = None
     """Sequences of more tokens than this take part `long_document_weight` times; None where that is 1."""
 
     long_document_weight: float = 1.0
+
+    min_length: int = 0
+    """Sequences of fewer tokens do not take part."""
+
+    shuffled: bool = True
+    """Whether the order is the seed's; else it is the file's, copies of a long document side by side."""
 
 
 @dataclass(frozen=True)
@@ -91,26 +99,13 @@ def open_places(prefix: str, settings: OrderSettings, cache_dir: str | os.PathLi
         UserError: the dataset is missing, broken or cut short, or the cache cannot be written.
     """
     prefix = os.path.realpath(prefix)
-    root = Path(prefix).parent / ".megayoco-cache" if cache_dir is None else Path(cache_dir)
-    folder = root / _key(prefix, settings)
-    places = _open(folder, prefix)
-    try:
-        if places is None:
-            with _lock(folder) as alone:
-                places = _open(folder, prefix)  # another process may have been faster
-                if places is None:
-                    _remove_remains(folder, alone)
-                    _build(folder, prefix, settings)
-                    places = _open(folder, prefix)
-    except OSError as error:
-        raise UserError(
-            f"cannot write sample indices to {folder}: {error.strerror or error}. Set data.cache_dir to a writable"
-            " folder with room for 16 bytes per document."
-        ) from error
-    if places is None:
-        raise UserError(
-            f"the sample indices in {folder} cannot be read back. Set data.cache_dir to a folder on another disk."
-        )
+    folder = cache_root(prefix, cache_dir) / places_key(prefix, settings)
+    places = open_cached(
+        folder,
+        lambda: _open(folder, prefix),
+        lambda temporary: _build(temporary, prefix, settings),
+        "16 bytes per document",
+    )
     if places.num_sequences != places.num_documents:
         log.warning(
             "%s holds %d sequences in %d documents (split sentences, or empty documents); the sequence is what is"
@@ -122,8 +117,46 @@ def open_places(prefix: str, settings: OrderSettings, cache_dir: str | os.PathLi
     return places
 
 
+def cache_root(beside: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder of caches: `cache_dir`, or where that is None the folder .megayoco-cache beside a file."""
+    return Path(beside).parent / ".megayoco-cache" if cache_dir is None else Path(cache_dir)
+
+
+def open_cached(folder: Path, open_it: Callable[[], Opened | None], build: Callable[[Path], None], room: str) -> Opened:
+    """What lies in a folder of the cache, after building it if need be: once per node, whole or not at all.
+
+    Args:
+        folder: named by all that its content follows from.
+        open_it: reads the folder; None if it is absent or damaged.
+        build: fills the folder it is given.
+        room: how much room that takes, for messages.
+
+    Raises:
+        UserError: the cache cannot be written, or not read back; what `build` raises.
+    """
+    found = open_it()
+    try:
+        if found is None:
+            with _lock(folder) as alone:
+                found = open_it()  # another process may have been faster
+                if found is None:
+                    _remove_remains(folder, alone)
+                    _build_apart(folder, build)
+                    found = open_it()
+    except OSError as error:
+        raise UserError(
+            f"cannot write sample indices to {folder}: {error.strerror or error}. Set data.cache_dir to a writable"
+            f" folder with room for {room}."
+        ) from error
+    if found is None:
+        raise UserError(
+            f"the sample indices in {folder} cannot be read back. Set data.cache_dir to a folder on another disk."
+        )
+    return found
+
+
 def sequence_order(index: Index, settings: OrderSettings) -> np.ndarray:
-    """(P,) int64: numbers of the sequences of an epoch in order, without the empty ones.
+    """(P,) int64: numbers of the sequences of an epoch in order, without empty and too short ones.
 
     Every sequence stands in it once. A long one stands in it `long_document_weight` times; of a fraction, as many of
     them as it says, chosen by the seed, stand in it once more than the others.
@@ -131,7 +164,7 @@ def sequence_order(index: Index, settings: OrderSettings) -> np.ndarray:
     S = len(index.lengths)
     first, last = round(settings.part[0] * S), round(settings.part[1] * S)
     lengths = index.lengths[first:last]
-    numbers = np.flatnonzero(lengths)
+    numbers = np.flatnonzero(lengths >= max(settings.min_length, 1))
     key = (settings.seed, S, index.num_tokens)  # of the data: two sources of a blend should not run in parallel
     if settings.long_document is not None:
         long = np.flatnonzero(lengths[numbers] > settings.long_document)
@@ -141,30 +174,18 @@ def sequence_order(index: Index, settings: OrderSettings) -> np.ndarray:
             copies[long] = whole + (Permutation(len(long), "long", *key).array() < more)
             numbers = np.repeat(numbers, copies)
     numbers += first
-    if settings.seed is not None and len(numbers):
+    if settings.seed is not None and settings.shuffled and len(numbers):
         return numbers[Permutation(len(numbers), "sequences", *key).array()]
     return numbers
 
 
-def _build(folder: Path, prefix: str, settings: OrderSettings) -> None:
-    index = read_index(prefix)
-    order = sequence_order(index, settings)
+def _build_apart(folder: Path, build: Callable[[Path], None]) -> None:
+    """Build under a temporary name, which is changed at the end."""
     temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
         temporary.mkdir(parents=True)
-        tokens = _write_places(temporary / "places.npy", index, order)
-        described = {
-            "prefix": prefix,
-            "settings": dataclasses.asdict(settings),
-            "dtype": index.dtype.name,
-            "sequences": len(index.lengths),
-            "documents": index.num_documents,
-            "places": len(order),
-            "tokens": tokens,
-            "sample": _sample(temporary / "places.npy").hexdigest(),
-        }
-        write_text_atomically(temporary / "places.json", json.dumps(described, indent=2) + "\n")
+        build(temporary)
         try:
             temporary.rename(folder)
         except OSError:
@@ -172,6 +193,23 @@ def _build(folder: Path, prefix: str, settings: OrderSettings) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _build(folder: Path, prefix: str, settings: OrderSettings) -> None:
+    index = read_index(prefix)
+    order = sequence_order(index, settings)
+    tokens = _write_places(folder / "places.npy", index, order)
+    described = {
+        "prefix": prefix,
+        "settings": dataclasses.asdict(settings),
+        "dtype": index.dtype.name,
+        "sequences": len(index.lengths),
+        "documents": index.num_documents,
+        "places": len(order),
+        "tokens": tokens,
+        "sample": sample_of(folder / "places.npy").hexdigest(),
+    }
+    write_text_atomically(folder / "places.json", json.dumps(described, indent=2) + "\n")
 
 
 def _write_places(path: Path, index: Index, order: np.ndarray, block: int = 1 << 20) -> int:
@@ -196,7 +234,7 @@ def _open(folder: Path, prefix: str) -> Places | None:
         return None
     try:
         described = read_json_object(folder / "places.json", remedy="")
-        if _sample(file).hexdigest() != described["sample"]:
+        if sample_of(file).hexdigest() != described["sample"]:
             return None
         places = np.load(file, mmap_mode="r").view(np.ndarray)
         if places.dtype != np.int64 or places.shape != (2, described["places"]):
@@ -208,20 +246,24 @@ def _open(folder: Path, prefix: str) -> Places | None:
         return None
 
 
-def _key(prefix: str, settings: OrderSettings) -> str:
+def places_key(prefix: str, settings: OrderSettings) -> str:
     """Name of the folder for one dataset, as it now is, and one way of ordering it."""
     found: dict[str, Any] = {}
     for kind in ("idx", "bin"):
         path = f"{prefix}.{kind}"
         try:
             stat = os.stat(path)
-            found[kind] = stat.st_size, stat.st_mtime_ns, _sample(path, _ends_of_arrays(path, kind)).hexdigest()
+            found[kind] = stat.st_size, stat.st_mtime_ns, sample_of(path, _ends_of_arrays(path, kind)).hexdigest()
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 raise UserError(f"{path} cannot be read: {error.strerror}.") from error
             read_index(prefix)  # says what to do about a missing file
             raise  # unless it has just appeared
-    described = {"format": FORMAT, "prefix": prefix, "settings": dataclasses.asdict(settings), "files": found}
+    return key_of({"format": FORMAT, "prefix": prefix, "settings": dataclasses.asdict(settings), "files": found})
+
+
+def key_of(described: Any) -> str:
+    """The name of a folder of the cache, from all that its content follows from, JSON-able."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -237,7 +279,7 @@ def _ends_of_arrays(path: str, kind: str) -> list[int]:
     return [min(HEADER.size + bytes_each * S, 2**62) for bytes_each in (4, 12)]
 
 
-def _sample(path: str | os.PathLike[str], extra: Sequence[int] = (), *, blocks: int = 32, block: int = 4096) -> Any:
+def sample_of(path: str | os.PathLike[str], extra: Sequence[int] = (), *, blocks: int = 32, block: int = 4096) -> Any:
     """A hash of a file's size and of blocks of it: both ends, places spread evenly between, and around `extra`."""
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -252,7 +294,7 @@ def _sample(path: str | os.PathLike[str], extra: Sequence[int] = (), *, blocks: 
 def _remove_remains(folder: Path, alone: bool) -> None:
     """Remove what is damaged and, where no other process of this node builds, what its killed runs have left."""
     if folder.exists():
-        log.warning("the order of samples in %s is damaged; building it anew", folder)
+        log.warning("what is cached in %s is damaged; building it anew", folder)
         shutil.rmtree(folder)
     if alone:
         for left in folder.parent.glob(f"{folder.name}.tmp-{socket.gethostname()}-*"):

@@ -10,12 +10,15 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megayoco.config import DataConfig, RunConfig
+from megayoco.config.tuning import TuningConfig, TuningSource
 from megayoco.data.blend import Source, expand_blend_files, parse_blend
-from megayoco.data.cache import OrderSettings, open_places
+from megayoco.data.cache import OrderSettings, Places, open_places
+from megayoco.data.document_streams import DocumentSource, DocumentStreams
 from megayoco.data.indexed import check_vocabulary, read_index, read_meta
 from megayoco.data.samples import (
     Blend,
@@ -29,23 +32,30 @@ from megayoco.data.samples import (
 from megayoco.data.tokenizer import Tokenizer, build_described, build_tokenizer
 from megayoco.errors import UserError
 
+if TYPE_CHECKING:
+    from megayoco.data.tuning_examples import Counts
+
 
 @dataclass(frozen=True)
 class SourceShare:
-    """One dataset of a training blend: its share of the samples, all together 1, and the tokens of one epoch of it."""
+    """One dataset of a training blend: its share of the samples (of the tokens, where documents are dealt to streams),
+    all together 1, and the tokens of one epoch of it. Of examples for tuning: files for prefix, padding included in the
+    tokens, and a hash of the content."""
 
     prefix: str
     share: float
     tokens_per_epoch: int
+    content: str | None = None
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """The samples of one phase; valid is None if there is nothing to validate on."""
+    """The samples of one phase; valid is None if there is nothing to validate on; notes: what the user should know."""
 
     train: SampleSource
     valid: FiniteSource | None
     shares: tuple[SourceShare, ...]
+    notes: tuple[str, ...] = ()
 
 
 def build_datasets(
@@ -54,6 +64,8 @@ def build_datasets(
     sequence_length: int,
     seed: int,
     vocab_size: int,
+    batch_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
     default_cache_dir: str | os.PathLike[str] | None = None,
 ) -> Datasets:
     """Check the data of a phase and open it. Not collective.
@@ -63,57 +75,176 @@ def build_datasets(
         sequence_length: N; a sample holds N + 1 tokens.
         seed: of the order.
         vocab_size: of the model.
+        batch_size: of the phase; needed by data.pipeline doc_aware only.
+        tokenizer: of the run; needed by data.tuning only.
         default_cache_dir: where orders are kept if data.cache_dir is absent; None: a folder beside each dataset.
 
     Raises:
-        UserError: any file is missing, broken, too short or does not fit the model.
+        UserError: any file is missing, broken, too short or does not fit the model; a record cannot be used.
     """
     data = expand_blend_files(data, "data")
-    cache_dir = data.cache_dir if data.cache_dir is not None else default_cache_dir
+    opening = _Opening(data, sequence_length, seed, vocab_size, default_cache_dir)
+    if data.tuning is not None:
+        if tokenizer is None:
+            raise ValueError("data.tuning needs the tokenizer of the run")
+        return _tuning_datasets(data.tuning, tokenizer, opening)
     train = parse_blend(data.train, "data.train")
     if data.temperature != 1 and any(source.weight is not None for source in train):
         raise UserError(
             f"data.temperature {data.temperature:g} makes weights of the datasets' sizes, but data.train gives weights."
             " Leave out one of them."
         )
-    if data.valid is None:
-        train_part, valid_part = _split_parts(data.split)
-        valid, temperature = (train, data.temperature) if valid_part[1] > valid_part[0] else ([], 1.0)
+    train_part, valid_part = ((0.0, 1.0),) * 2 if data.valid is not None else _split_parts(data.split)
+    places = [
+        opening.places(source, opening.training_settings(source, train_part), sequence_length + 1) for source in train
+    ]
+    weights = _weights(train, [found.num_tokens for found in places], data.temperature)
+    shares = [
+        SourceShare(source.prefix, share, found.num_tokens)
+        for source, share, found in zip(train, (np.array(weights) / sum(weights)).tolist(), places, strict=True)
+    ]
+    if data.pipeline == "shuffled":
+        samples = _shuffled(places, weights, opening)
     else:
-        train_part = valid_part = (0.0, 1.0)
-        valid, temperature = parse_blend(data.valid, "data.valid"), 1.0
+        settings = [opening.training_settings(source, train_part) for source in train]
+        streams = 1 if data.pipeline == "linear" else batch_size
+        if streams is None:
+            raise ValueError("data.pipeline doc_aware needs the batch size of the phase")
+        samples = DocumentStreams(
+            [DocumentSource(*one) for one in zip(places, weights, settings, strict=True)],
+            streams=streams,
+            sequence_length=sequence_length,
+            seed=seed,
+            vocab_size=vocab_size,
+            cache_dir=opening.cache_dir,
+        )
+    return Datasets(samples, _validation(data, train, valid_part, opening), tuple(shares))
 
-    def stream(source: Source, settings: OrderSettings, least: int) -> TokenStream:
-        places = open_places(source.prefix, settings, cache_dir)
-        check_vocabulary(source.prefix, places.dtype, vocab_size)
+
+@dataclass(frozen=True)
+class _Opening:
+    """How the datasets of a phase are opened."""
+
+    data: DataConfig
+    sequence_length: int
+    seed: int
+    vocab_size: int
+    default_cache_dir: str | os.PathLike[str] | None
+
+    @property
+    def cache_dir(self) -> str | os.PathLike[str] | None:
+        return self.data.cache_dir if self.data.cache_dir is not None else self.default_cache_dir
+
+    def training_settings(self, source: Source, part: tuple[float, float]) -> OrderSettings:
+        data = self.data
+        weight = data.long_document_weight
+        return OrderSettings(
+            part,
+            self.seed,
+            None if weight == 1 else self.sequence_length,
+            weight,
+            data.min_document_length if source.min_length is None else source.min_length,
+            shuffled=data.pipeline == "shuffled",  # else the streams shuffle, anew in each epoch
+        )
+
+    def places(self, source: Source, settings: OrderSettings, least: int) -> Places:
+        """The order of a dataset of at least so many tokens."""
+        places = open_places(source.prefix, settings, self.cache_dir)
+        check_vocabulary(source.prefix, places.dtype, self.vocab_size)
         if places.num_tokens < least:
             begin, end = settings.part
+            short = (
+                f" Documents of fewer than {settings.min_length} tokens are left out." if settings.min_length else ""
+            )
             raise UserError(
                 f"{source.prefix}: the part {begin:.6g} to {end:.6g} of its sequences holds {places.num_tokens} tokens,"
-                f" fewer than the {least} of one sample. Change data.split, give data.valid, prepare more text, or"
-                " shorten sequence_length."
+                f" fewer than the {least} of one sample.{short} Change data.split, give data.valid, prepare more text,"
+                " or shorten sequence_length."
             )
-        return TokenStream(places, vocab_size)
+        return places
 
-    weight = data.long_document_weight
-    settings = OrderSettings(train_part, seed, None if weight == 1 else sequence_length, weight)
-    trained = [TrainingSource(stream(source, settings, sequence_length + 1), sequence_length, seed) for source in train]
-    weights = _weights(train, [source.tokens_per_epoch for source in trained], data.temperature)
-    shares = [
-        SourceShare(source.prefix, share, opened.tokens_per_epoch)
-        for source, share, opened in zip(train, (np.array(weights) / sum(weights)).tolist(), trained, strict=True)
+
+def _shuffled(places: Sequence[Places], weights: Sequence[float], opening: _Opening) -> SampleSource:
+    sources = [
+        TrainingSource(TokenStream(found, opening.vocab_size), opening.sequence_length, opening.seed)
+        for found in places
     ]
+    return sources[0] if len(sources) == 1 else Blend(sources, weights)
 
-    settings = OrderSettings(valid_part, None)
-    validated = [ValidationSource(stream(source, settings, 2), sequence_length, seed) for source in valid]
-    sizes = [source.num_samples for source in validated]
-    return Datasets(
-        train=trained[0] if len(trained) == 1 else Blend(trained, weights),
-        valid=(validated[0] if len(validated) == 1 else ValidationBlend(validated, _weights(valid, sizes, temperature)))
-        if validated
-        else None,
-        shares=tuple(shares),
+
+def _validation(
+    data: DataConfig, train: Sequence[Source], part: tuple[float, float], opening: _Opening
+) -> FiniteSource | None:
+    """Every token of the validation data once: of `data.valid`, or of the part of the training data set aside."""
+    if data.valid is None:
+        sources, temperature = (list(train), data.temperature) if part[1] > part[0] else ([], 1.0)
+    else:
+        sources, temperature = parse_blend(data.valid, "data.valid"), 1.0
+    if not sources:
+        return None
+    settings = OrderSettings(part, None)
+    opened = [
+        ValidationSource(
+            TokenStream(opening.places(source, settings, 2), opening.vocab_size), opening.sequence_length, opening.seed
+        )
+        for source in sources
+    ]
+    if len(opened) == 1:
+        return opened[0]
+    return ValidationBlend(opened, _weights(sources, [source.num_samples for source in opened], temperature))
+
+
+def _tuning_datasets(tuning: TuningConfig, tokenizer: Tokenizer, opening: _Opening) -> Datasets:
+    from megayoco.data.tuning import TuningSamples, TuningValidation  # late: most runs do without
+    from megayoco.data.tuning_cache import Examples, open_examples, source_name
+
+    if tokenizer.vocab_size > opening.vocab_size:
+        raise UserError(
+            f"data.tuning: the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {opening.vocab_size}."
+            f" Set model.vocab_size to at least {tokenizer.vocab_size}."
+        )
+    N, made = opening.sequence_length, {}
+
+    def opened(sources: Sequence[TuningSource]) -> list[Examples]:
+        found = [
+            open_examples(source, tokenizer, N, cache_dir=opening.cache_dir, workers=tuning.workers)
+            for source in sources
+        ]
+        made.update({source_name(source): examples for source, examples in zip(sources, found, strict=True)})
+        return found
+
+    options: dict[str, Any] = {"sequence_length": N, "seed": opening.seed, "random_padding": tuning.random_padding}
+    examples = opened(tuning.sources)
+    weights = [
+        len(found) if source.weight is None else source.weight
+        for source, found in zip(tuning.sources, examples, strict=True)
+    ]
+    shares = [
+        SourceShare(source_name(source), weight / sum(weights), len(found) * N, found.content)
+        for source, weight, found in zip(tuning.sources, weights, examples, strict=True)
+    ]
+    valid: FiniteSource | None
+    if tuning.valid:
+        valid = TuningValidation(opened(tuning.valid), **options)
+    else:
+        valid = _validation(opening.data, [], (0.0, 1.0), opening)
+    notes = [_describe(name, examples.counts, len(examples)) for name, examples in made.items()]
+    return Datasets(TuningSamples(examples, weights, **options), valid, tuple(shares), tuple(notes))
+
+
+def _describe(name: str, counts: Counts, examples: int) -> str:
+    """What became of the records of a source; what is lost is a warning."""
+    text = (
+        f"{name}: {examples:,} examples of {counts.tokens:,} tokens, {counts.labelled:,} of them learned, from"
+        f" {counts.records:,} records"
     )
+    if counts.left_out:
+        text += f"; filters left out {counts.left_out:,}"
+    if counts.cut:
+        text += f"; {counts.cut:,} were cut to the lengths allowed"
+    if counts.unlabelled:
+        text += f"; warning: {counts.unlabelled:,} were dropped, because nothing of them would be learned"
+    return text
 
 
 def with_blend_files(run: RunConfig) -> RunConfig:
@@ -161,6 +292,11 @@ def resolve_tokenizer(data: DataConfig, *others: DataConfig) -> Tokenizer:
             raise UserError(
                 f"{prefix}.meta.json: {error} If it has moved, set data.tokenizer_type and data.tokenizer_model."
             ) from error
+    elif not sources:
+        raise UserError(
+            "data.tuning reads records, which name no tokenizer. Set data.tokenizer_type and data.tokenizer_model, for"
+            " example to HuggingFaceTokenizer and the folder of the model."
+        )
     else:
         raise UserError(
             f"{next(iter(sources))} has no .meta.json that names its tokenizer. Set data.tokenizer_type and"

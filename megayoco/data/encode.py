@@ -263,6 +263,14 @@ def _refused(documents: Sequence[str], task: Task, tokenizer: Tokenizer) -> dict
     return refused
 
 
+def parse_line(line: bytes, place: str) -> Any:
+    """The JSON object of a line. Raises UserError that begins with `place`."""
+    record = _parse(line)
+    if isinstance(record, Reason):
+        raise UserError(f"{place}: {record.text}. {record.remedy}.")
+    return record
+
+
 def _parse(line: bytes) -> Any:
     """A JSON object, or what is wrong."""
     try:

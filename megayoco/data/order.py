@@ -1,6 +1,7 @@
-"""Orders with random access and without arrays: a keyed permutation, and the interleaving of weighted sources.
+"""Orders with random access and without arrays: a keyed permutation, keyed numbers, and the interleaving of weighted
+sources.
 
-Both are functions of their arguments alone, in integers or in a fixed sequence of float64 operations: the same on every
+All are functions of their arguments alone, in integers or in a fixed sequence of float64 operations: the same on every
 machine and with every version of numpy, so a run that is resumed years later reads on in the same order.
 """
 
@@ -53,11 +54,17 @@ class Permutation:
         """The whole permutation, (size,) int64."""
         result = np.empty(self.size, np.int64)
         for first in range(0, self.size, block):  # blocks that fit into the processor's cache
-            x = self._network(np.arange(first, min(first + block, self.size), dtype=np.uint64))
-            while (outside := x >= self.size).any():
-                x[outside] = self._network(x[outside])
-            result[first : first + block] = x
+            result[first : first + block] = self.part(first, min(first + block, self.size))
         return result
+
+    def part(self, first: int, end: int) -> np.ndarray:
+        """Where the numbers first .. end - 1 go, (end - first,) int64."""
+        if not 0 <= first <= end <= self.size:
+            raise IndexError(f"{first} to {end} are not among {self.size}")
+        x = self._network(np.arange(first, end, dtype=np.uint64))
+        while (outside := x >= self.size).any():
+            x[outside] = self._network(x[outside])
+        return x.astype(np.int64)
 
     def _network(self, x: Any) -> Any:
         """One pass, for a Python integer or an array of uint64, in which products wrap as the mask makes them wrap."""
@@ -70,6 +77,12 @@ class Permutation:
             # the upper half of the bits, scaled to 0..half - 1
             left, right = right, (left + (((mixed >> 32) * half) >> 32)) % half
         return left * half + right
+
+
+def drawn(size: int, *key: Any) -> int:
+    """A number of 0..size - 1, each as likely as the others, that is fixed by `key` (anything with a stable repr)."""
+    digest = hashlib.shake_256(repr(key).encode()).digest(16)
+    return int.from_bytes(digest, "little") * size >> 128
 
 
 class BlendOrder:

@@ -6,37 +6,38 @@ The sequences of a dataset, permuted, are one circular stream of L tokens. Sampl
 (k + 1) N, so neighbours share a token, every token is a target once per round, and no rest of an epoch is dropped: the
 sample at the end goes on at the beginning, where the next round cuts at other places. The samples of each round are
 permuted among themselves. So training sample n is a function of seed, N and data, never of how many a run asks for.
-
-The tokens are read with pread and not mapped: a file that is cut short meanwhile is an error instead of a SIGBUS, and
-the thread that waits for the disk does not hold the interpreter.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import weakref
 from collections.abc import Sequence
 from typing import Protocol, TypedDict
 
 import numpy as np
 
 from megayoco.data.cache import Places
-from megayoco.data.indexed import outside_vocabulary
 from megayoco.data.order import BlendOrder, Permutation
-from megayoco.errors import UserError
+from megayoco.data.token_file import TokenFile
 
 
-class Sample(TypedDict):
+class _Tokens(TypedDict):
+    tokens: np.ndarray
+    borders: np.ndarray
+    num_targets: int
+
+
+class Sample(_Tokens, total=False):
     """What a sequence of a batch is made of.
 
     tokens (N + 1,) int64; borders (n,) int64, ascending in 1..N: where a new document begins within the sample;
     num_targets: how many of the N targets, from the first on, belong to it; what follows is padding.
+
+    Of examples for tuning only: padding, how many tokens in front fill the sample up, which the others must not see;
+    labelled (N,) bool, which of the targets take a loss.
     """
 
-    tokens: np.ndarray
-    borders: np.ndarray
-    num_targets: int
+    padding: int
+    labelled: np.ndarray
 
 
 class SampleSource(Protocol):
@@ -61,14 +62,8 @@ class TokenStream:
 
     def __init__(self, places: Places, vocab_size: int):
         self.num_tokens = places.num_tokens
-        self._places, self._vocab_size = places, vocab_size
-        self._path = f"{places.prefix}.bin"
-        try:
-            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            remedy = "Raise the limit of open files (ulimit -n)." if error.errno == errno.EMFILE else "Check the path."
-            raise UserError(f"{self._path} cannot be opened: {error.strerror}. {remedy}") from error
-        weakref.finalize(self, os.close, self._descriptor)
+        self._places = places
+        self._file = TokenFile(places.prefix, places.dtype, vocab_size)
 
     def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """`count` tokens from token `start` of the stream, 0 <= start < num_tokens.
@@ -79,39 +74,26 @@ class TokenStream:
         Raises:
             UserError: an id lies outside the vocabulary, or the file has become shorter.
         """
-        content, borders = bytearray(), []
-        filled = 0
+        pieces: list[tuple[int, int]] = []
+        borders, filled = [], 0
         while filled < count:
             take = min(count - filled, self.num_tokens - start)
-            borders.append(filled + self._append(content, start, take))
+            begins, found = self._pieces(start, take)
+            pieces += found
+            borders.append(filled + begins)
             filled, start = filled + take, 0
-        tokens = np.frombuffer(content, self._places.dtype).astype(np.int64)
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self._vocab_size:
-            raise UserError(outside_vocabulary(self._places.prefix, low, high, self._vocab_size))
-        return tokens, np.concatenate(borders)[1:]
+        return self._file.read(pieces), np.concatenate(borders)[1:]
 
-    def _append(self, content: bytearray, start: int, count: int) -> np.ndarray:
-        """Add the bytes of tokens start .. start + count <= num_tokens; returns where in them a sequence begins, the
-        first token of all counted as such."""
-        ends, size = self._places.ends, self._places.dtype.itemsize
+    def _pieces(self, start: int, count: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Where sequences begin among tokens start .. start + count <= num_tokens, the first of which counts as a
+        beginning; and (place in the file, tokens) of each."""
+        ends = self._places.ends
         first, last = np.searchsorted(ends, [start, start + count - 1], "right").tolist()
         borders = np.concatenate([[start], ends[first:last], [start + count]])
         lengths = borders[1:] - borders[:-1]
         places = self._places.starts[first : last + 1].copy()
         places[0] += start - (int(ends[first - 1]) if first else 0)
-        for place, length in zip((places * size).tolist(), (lengths * size).tolist(), strict=True):
-            try:
-                piece = os.pread(self._descriptor, length, place)
-            except OSError as error:
-                raise UserError(f"{self._path} cannot be read at byte {place}: {error.strerror}.") from error
-            if len(piece) < length:
-                raise UserError(
-                    f"{self._path} ends before byte {place + length}: it has become shorter since the run began."
-                    " Restore it, then go on with --resume."
-                )
-            content += piece
-        return borders[:-1] - start
+        return borders[:-1] - start, list(zip(places.tolist(), lengths.tolist(), strict=True))
 
 
 class TrainingSource:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from megayoco.data.chunks import COPY_AGAIN, Chunk, Position, Reason
 from megayoco.data.inputs import Source
+from megayoco.errors import UserError
 
 _MAX_ROWS = 10_000
 
@@ -167,3 +168,27 @@ def _values(column: pa.Array) -> list[Any]:
         return column.to_pylist()
     except UnicodeDecodeError:
         return column.cast(pa.large_binary()).to_pylist()
+
+
+def read_whole_rows(path: str, kind: str, chunk_bytes: int) -> Iterator[list[dict[str, Any]]]:
+    """All rows of a file with all of their columns, nested ones too, in pieces.
+
+    Args:
+        kind: parquet or arrow.
+
+    Raises:
+        UserError: the file is damaged or of another format.
+        OSError: it cannot be read.
+    """
+    done = 0
+    try:
+        with closing(_Parquet(path) if kind == "parquet" else _Arrow(path)) as table:
+            for batch in table.batches(table.schema.names, 0, chunk_bytes):
+                for piece in _pieces(_decoded(batch), chunk_bytes):
+                    yield piece.to_pylist()
+                    done += piece.num_rows
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        detail = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: the {kind} data are damaged after row {done} ({detail}). {COPY_AGAIN}.") from error

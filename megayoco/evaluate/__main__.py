@@ -18,7 +18,7 @@ from megayoco.data.command import positive_int
 from megayoco.errors import UserError
 from megayoco.evaluate.evaluations import EVALUATIONS, Evaluation, find_evaluation
 from megayoco.evaluate.flags import add_flags, flag_of, options_from
-from megayoco.generate.options import add_memory_flags, window_options
+from megayoco.generate.options import add_window_flags, window_options
 
 PROGRAM = "python -m megayoco.evaluate"
 
@@ -71,9 +71,9 @@ def _parser(name: str, evaluation: Evaluation) -> argparse.ArgumentParser:
         help="what the growing keys and values are kept in: --dtype unless told",
     )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; a GPU where there is one")
-    add_memory_flags(parser, "the whole window unless told, as in training")
     add("--tensor", type=positive_int, metavar="N", help="processes that share each layer of a copy of the model: 1")
     add("--pipeline", type=positive_int, metavar="N", help="processes that share a copy's stack of layers: 1")
+    add_window_flags(parser, "all of them unless told, as in training")
     add_flags(parser, evaluation.options)
     return parser
 

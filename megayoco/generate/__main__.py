@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from megayoco.generate.generation import Generation
     from megayoco.generate.opening import Opened
     from megayoco.generate.sampling import Sampling
+    from megayoco.model.inference import DecoderContext
 
 
 def summary(generation: Generation) -> str:
@@ -65,7 +67,9 @@ def run(options: argparse.Namespace, chosen: Sampling, prompt: str | None) -> No
     from megayoco.generate.opening import open_model
 
     opened = open_model(options.model, placement(options))
-    if options.chat:
+    if options.save_memory is not None:
+        _remember(opened, options, opened.model.agree(prompt))
+    elif options.chat:
         _chat(opened, options, chosen)
     else:
         _continue(opened, options, chosen, opened.model.agree(prompt))
@@ -77,8 +81,8 @@ def _continue(opened: Opened, options: argparse.Namespace, chosen: Sampling, tex
 
     write, report = _outlets(opened)
     tokenizer = opened.tokenizer
-    tokens = tokenizer.encode(text) or [tokenizer.eod]
-    if warning := length_warning(opened.facts, len(tokens), options.max_new_tokens):
+    tokens, (context, before) = _prompt(opened, options, text), _memory(opened, options)
+    if warning := length_warning(opened.facts, _length(context) + len(tokens), options.max_new_tokens):
         report(warning)
     generation = generate(
         opened.model,
@@ -88,6 +92,8 @@ def _continue(opened: Opened, options: argparse.Namespace, chosen: Sampling, tex
         stop=(tokenizer.eod,),
         prefill_chunk=options.prefill_chunk,
         vocab_size=tokenizer.vocab_size,
+        context=context,
+        history=before,
     )
     if options.prompt:
         write(options.prompt)
@@ -103,6 +109,48 @@ def _continue(opened: Opened, options: argparse.Namespace, chosen: Sampling, tex
             raise
     write(shown.finish() + "\n")
     report(summary(generation))
+
+
+def _memory(opened: Opened, options: argparse.Namespace) -> tuple[DecoderContext | None, tuple[int, ...]]:
+    """What was read before the prompt, and its tokens."""
+    if options.memory is None:
+        return None, ()
+    from megayoco.generate.memory_files import load_memory
+
+    return load_memory(options.memory, opened.model)
+
+
+def _length(context: DecoderContext | None) -> int:
+    return 0 if context is None else context.length
+
+
+def _prompt(opened: Opened, options: argparse.Namespace, text: str) -> list[int]:
+    """The tokens of a text, at least one."""
+    tokens = opened.tokenizer.encode(text)
+    if options.memory is not None and not tokens:
+        raise UserError("an empty prompt has no token to go on from behind --memory. Give it a character.")
+    return tokens or [opened.tokenizer.eod]
+
+
+def _remember(opened: Opened, options: argparse.Namespace, text: str) -> None:
+    """Reads a text, and writes what is remembered of it."""
+    from megayoco.generate.generation import prefill
+    from megayoco.generate.memory_files import check_target, save_memory
+    from megayoco.model.inference import cache_bytes
+
+    _, report = _outlets(opened)
+    check_target(options.save_memory, opened.model)
+    tokens, (context, before) = _prompt(opened, options, text), _memory(opened, options)
+    if warning := length_warning(opened.facts, _length(context) + len(tokens), 0):
+        report(warning)
+    start = time.perf_counter()
+    context = prefill(opened.model, tokens, chunk=options.prefill_chunk, context=context)
+    seconds = time.perf_counter() - start
+    save_memory(options.save_memory, context, opened.model, [*before, *tokens])
+    report(
+        f"read {len(tokens):,} tokens at {len(tokens) / seconds:,.1f} tokens/s; {options.save_memory} remembers"
+        f" {context.length:,} tokens in {cache_bytes(context):,} bytes"
+    )
 
 
 def _chat(opened: Opened, options: argparse.Namespace, chosen: Sampling) -> None:
@@ -123,6 +171,7 @@ def _chat(opened: Opened, options: argparse.Namespace, chosen: Sampling) -> None
         prefill_chunk=options.prefill_chunk,
         # ranks would be interrupted at different tokens
         interruptible=opened.model.topology is None,
+        memory=_memory(opened, options),
     )
     converse(
         conversation,

@@ -25,6 +25,8 @@ class _Memory:
     """Tokens of the last answer that were chosen and not read."""
     rest: str = ""
     """Text after them."""
+    begun: bool = False
+    """Whether a turn of the user's has been read."""
 
 
 class Conversation:
@@ -43,6 +45,7 @@ class Conversation:
         stops: further strings that end an answer.
         prefill_chunk: tokens read at once.
         interruptible: Ctrl-C ends an answer, and `ask` returns; otherwise it is raised.
+        memory: the context of a text that was read before, in front of all turns, and its tokens. None and (): none.
     """
 
     def __init__(
@@ -56,14 +59,15 @@ class Conversation:
         stops: Sequence[str] = (),
         prefill_chunk: int = PREFILL_CHUNK,
         interruptible: bool = True,
+        memory: tuple[DecoderContext | None, tuple[int, ...]] = (None, ()),
     ) -> None:
         self._model, self._tokenizer, self._format = model, tokenizer, chat_format
         self._sampling, self._max_new_tokens, self._prefill_chunk = sampling, max_new_tokens, prefill_chunk
         self._stop_ids, markers = chat_format.stops(tokenizer)
         self._stops = [*markers, *stops]
         self._interrupts: tuple[type[BaseException], ...] = (KeyboardInterrupt,) if interruptible else ()
-        self._memory = _Memory()
-        self._turn = 0
+        self._start = _Memory(*memory)
+        self.reset()
 
     @property
     def cache_bytes(self) -> int:
@@ -72,12 +76,12 @@ class Conversation:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The tokens in the cache."""
+        """The tokens in the cache, without those of a memory that was saved without its tokens."""
         return self._memory.read
 
     def reset(self) -> None:
-        """Forgets everything."""
-        self._memory, self._turn = _Memory(), 0
+        """Forgets everything but the text that was read before."""
+        self._memory, self._turn = self._start, 0
 
     def ask(self, text: str, write: Callable[[str], None]) -> Generation:
         """Answers a text of the user's; the answer goes to `write` as it comes.
@@ -123,7 +127,7 @@ class Conversation:
 
     def _feed(self, text: str) -> list[int]:
         memory = self._memory
-        if memory.context is None:
+        if not memory.begun:
             return self._format.opening(self._tokenizer, text)
         return [*memory.unread, *self._format.further(self._tokenizer, memory.rest, text)]
 
@@ -141,8 +145,8 @@ class Conversation:
         kept, rest = self._split(answer, stopped)
         further = end.length - start.length
         if further > kept:
-            return _Memory(start, read, tuple(answer[:kept]), rest)
-        return _Memory(end, (*read, *answer[:further]), tuple(answer[further:kept]), rest)
+            return _Memory(start, read, tuple(answer[:kept]), rest, begun=True)
+        return _Memory(end, (*read, *answer[:further]), tuple(answer[further:kept]), rest, begun=True)
 
     def _split(self, answer: list[int], stopped: str | None) -> tuple[int, str]:
         """How many tokens of an answer belong to the conversation, and the text after them, up to the user's next."""
@@ -184,7 +188,7 @@ def converse(
             return
         if text == "/reset":
             conversation.reset()
-            report("everything is forgotten")
+            report("everything is forgotten" + (", but what --memory holds" if conversation.cache_bytes else ""))
         elif re.fullmatch("/[a-z]+", text):
             report(f"there is no {text}, only /reset and /exit")
         elif text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 
@@ -68,3 +69,10 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Weights, Tokenizer]:
             f"--model {folder} has no tokenizer. tools/convert_checkpoint.py --tokenizer writes a copy that has one."
         )
     return weights, weights.tokenizer
+
+
+def saved_files(path: Path) -> list[Path]:
+    """The file of a saved memory, or its ranks' files, in order; none if there is no memory of that name."""
+    if path.is_file():
+        return [path]
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.rank-*-of-*"))

@@ -14,7 +14,7 @@ from megayoco.data.tokenizer import Tokenizer
 from megayoco.generate.finding import read_model
 from megayoco.model.bands import Stage
 from megayoco.model.decoder import Decoder, build_decoder
-from megayoco.model.inference import InferenceModel
+from megayoco.model.inference import InferenceModel, MemoryOptions
 from megayoco.model.window_options import WindowOptions
 from megayoco.ops.key_value_cache import STORAGES
 from megayoco.parallel.shards import mark, name_of, shard_of
@@ -33,6 +33,7 @@ def load_model(
     device: torch.device | None = None,
     topology: Topology | None = None,
     storage: str | None = None,
+    memory: MemoryOptions | None = None,
     windows: WindowOptions | None = None,
 ) -> tuple[InferenceModel, Tokenizer]:
     """The model of a run, an export or a folder of another format, for inference.
@@ -43,6 +44,7 @@ def load_model(
         device: where they go; None: the CPU.
         topology: this rank's place; None: the whole model in this process.
         storage: `int8` or `fp8` to keep growing keys and values so; None: in `dtype`.
+        memory: of the layers with memory attention.
         windows: how memory layers read a long text; None: in windows as in training, and they remember everything.
             `WindowOptions().resolved(model)` is what the command line takes.
 
@@ -50,7 +52,9 @@ def load_model(
         UserError: there is no model, or it has no tokenizer, or cannot use its memory so.
     """
     weights, tokenizer = read_model(path)
-    model = load_weights(weights, dtype=dtype, device=device, topology=topology, storage=storage, windows=windows)
+    model = load_weights(
+        weights, dtype=dtype, device=device, topology=topology, storage=storage, memory=memory, windows=windows
+    )
     return model, tokenizer
 
 
@@ -61,6 +65,7 @@ def load_weights(
     device: torch.device | None = None,
     topology: Topology | None = None,
     storage: str | None = None,
+    memory: MemoryOptions | None = None,
     windows: WindowOptions | None = None,
 ) -> InferenceModel:
     """The same from weights that have been found already. Each tensor is read by itself, straight to `device`."""
@@ -69,7 +74,7 @@ def load_weights(
     narrow = None if storage is None else STORAGES[storage]
     windows = (windows or WindowOptions()).checked(weights.model)
     if topology is None or topology.pipeline == 1:
-        return InferenceModel.of(load_decoder(weights, dtype, device, topology), topology, narrow, windows=windows)
+        return InferenceModel.of(load_decoder(weights, dtype, device, topology), topology, narrow, memory, windows)
     from megayoco.model.pipeline import split_stages  # late: it brings DeepSpeed's pipeline along
 
     length = weights.facts.get("sequence_length") or STAGES_FOR
@@ -77,7 +82,9 @@ def load_weights(
     first, end = borders[topology.pipeline_rank : topology.pipeline_rank + 2]
     stage = _part(_on_meta(weights, dtype, topology), first, end)
     _fill(stage.modules(), weights, dtype, device)
-    return InferenceModel(stage, weights.model, topology=topology, begins=first, storage=narrow, windows=windows)
+    return InferenceModel(
+        stage, weights.model, topology=topology, begins=first, storage=narrow, memory=memory, windows=windows
+    )
 
 
 def load_decoder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megayoco.data.tokenizer import Tokenizer
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
     from megayoco.config import ModelConfig
     from megayoco.convert.weights import Weights
-    from megayoco.model.inference import InferenceModel
+    from megayoco.model.inference import InferenceModel, MemoryOptions
     from megayoco.parallel.launch import Launch
+
+_MEMORY = ("memory_top_k", "memory_search", "memory_directory", "memory_device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,14 @@ class Placement:
     """Whether ranks beyond one copy of the model hold further copies, which work on other prompts."""
     storage: str | None = None
     """int8 or fp8 to keep the growing keys and values so; None: in the model's dtype."""
+    memory_top_k: int | None = None
+    """Remembered keys that a query of memory attention reads, the best ones; None: all."""
+    memory_search: str | None = None
+    """How they are found (`memory_search.SEARCHES`); None: exact."""
+    memory_directory: str | None = None
+    """Folder of the files that the memory is kept in; None: in memory."""
+    memory_device: str | None = None
+    """cpu: the memory of a model on a GPU; None: beside the model."""
     windows: WindowOptions = field(default_factory=WindowOptions)
     """How memory layers cut a text into windows, and how much they remember."""
     default_eviction: bool = False
@@ -87,6 +98,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
         weights, tokenizer = read_model(path)
         layout = _layout(placement, launch.world_size)
         layout.validate(weights.model, launch.world_size)
+        memory = memory_options(placement, weights.model, device)
         windows = placement.windows_for(weights.model)
     from megayoco.generate.loading import load_weights
     from megayoco.parallel.topology import build_topology
@@ -99,6 +111,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
             device=device,
             topology=topology,
             storage=placement.storage,
+            memory=memory,
             windows=windows,
         )
     return Opened(model, tokenizer, weights.facts, launch.rank, weights)
@@ -112,6 +125,7 @@ def _open_alone(path: str | os.PathLike[str], placement: Placement, launch: Laun
             )
     device = choose_device(placement.device)
     weights, tokenizer = read_model(path)
+    memory = memory_options(placement, weights.model, device)
     windows = placement.windows_for(weights.model)
     # slow: the layers bring megatron-core along. This package first, which keeps it quiet.
     import torch
@@ -123,8 +137,40 @@ def _open_alone(path: str | os.PathLike[str], placement: Placement, launch: Laun
     torch.set_num_threads(thread_count(launch, os.environ))
 
     dtype = _dtype(placement.dtype, device)
-    model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage, windows=windows)
+    model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage, memory=memory, windows=windows)
     return Opened(model, tokenizer, weights.facts, 0, weights)
+
+
+def memory_options(placement: Placement, config: ModelConfig, device: torch.device) -> MemoryOptions | None:
+    """What the flags say of the memory of memory layers; None: nothing.
+
+    Raises:
+        UserError: a flag would do nothing for this model, the folder is none, or Faiss is not installed.
+    """
+    given = [name for name in _MEMORY if getattr(placement, name) is not None]
+    if not given:
+        return None
+    if not config.memory_layers:
+        flag = given[0].replace("_", "-")
+        raise UserError(f"--{flag} is about memory layers, and the model has none. Leave it out.")
+    if placement.memory_device is not None and device.type == "cpu":
+        raise UserError("--memory-device cpu changes nothing for a model on the CPU. Leave it out.")
+    if placement.memory_directory is not None and not Path(placement.memory_directory).is_dir():
+        raise UserError(f"--memory-directory {placement.memory_directory} is no folder. Make it first.")
+    import torch
+
+    from megayoco.model.inference import MemoryOptions
+    from megayoco.ops.key_value_storage import Place
+    from megayoco.ops.memory_search import Search
+
+    search = place = None
+    if placement.memory_top_k is not None:
+        search = Search(placement.memory_top_k, placement.memory_search or "exact")
+    if placement.memory_directory is not None:
+        place = Place(torch.device("cpu"), Path(placement.memory_directory))
+    elif placement.memory_device is not None:
+        place = Place(torch.device(placement.memory_device))
+    return MemoryOptions(search, place)
 
 
 def _layout(placement: Placement, world_size: int) -> Any:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megayoco.errors import UserError
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from megayoco.model.window_options import WindowOptions
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
-_COUNTS = ("max_new_tokens", "prefill_chunk", "tensor", "pipeline")
+_COUNTS = ("max_new_tokens", "prefill_chunk", "tensor", "pipeline", "memory_top_k")
+_CHOICES = (*_DRAWING, "repetition_penalty", "repetition_window", "seed", "greedy", "stop", "max_new_tokens")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,9 +47,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
         check_format(options.chat_format)
     window_options(options)
+    _check_memory(options)
     if options.max_new_tokens is None:
         options.max_new_tokens = 512 if options.chat else 64
     return options
+
+
+def _check_memory(options: argparse.Namespace) -> None:
+    """Raises UserError for flags of the memory that contradict each other, or name a file that is not there."""
+    if options.memory_search is not None and options.memory_top_k is None:
+        raise UserError("--memory-search says how to find the best keys: give their number by --memory-top-k, too.")
+    if options.memory_device is not None and options.memory_directory is not None:
+        raise UserError("--memory-directory keeps the memory on the CPU already: leave out --memory-device.")
+    if options.memory is not None:
+        from megayoco.generate.finding import saved_files
+
+        if not saved_files(Path(options.memory)):
+            raise UserError(f"--memory {options.memory} is no file. Make it with --save-memory.")
+    if options.save_memory is None:
+        return
+    if options.chat:
+        raise UserError("--save-memory reads a text: give it by --prompt or --prompt-file, a chat is not saved.")
+    if unused := [name for name in _CHOICES if getattr(options, name) not in (None, False, [])]:
+        flag = unused[0].replace("_", "-")
+        raise UserError(f"--{flag} is about new text, and --save-memory writes none. Leave one of them out.")
+    if Path(options.save_memory).exists():
+        raise UserError(f"--save-memory {options.save_memory} exists. Delete it, or give another name.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,32 +128,31 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1; a GPU where there is one")
     place.add_argument("--tensor", type=int, metavar="N", help="processes that share each layer: all that are started")
     place.add_argument("--pipeline", type=int, metavar="N", help="processes that share the stack of layers: 1")
-    add_memory_flags(parser, "half of the window unless told")
+    memory = parser.add_argument_group("memory")
+    add = memory.add_argument
+    add("--save-memory", metavar="FILE", help="only read the prompt, and write what the model remembers of it")
+    add("--memory", metavar="FILE", help="go on behind the text of an earlier --save-memory")
+    add("--memory-top-k", type=int, metavar="K", help="queries of memory layers read their K best keys: all of them")
+    add("--memory-search", choices=("exact", "faiss-flat", "faiss-hnsw"), help="how these are found: exact")
+    add("--memory-directory", metavar="DIR", help="keep the keys and values of memory layers in files there")
+    add("--memory-device", choices=("cpu",), help="keep them in the memory of the CPU, the model on a GPU")
+    add_window_flags(memory, "half of the window unless told")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     return parser
 
 
-def add_memory_flags(parser: argparse.ArgumentParser, default: str) -> None:
-    """How memory layers read a long text; `default`: the eviction unless told, in words."""
-    memory = parser.add_argument_group("models with memory layers")
-    memory.add_argument(
-        "--memory-eviction",
-        type=int,
-        metavar="TOKENS",
-        help=f"oldest tokens that leave the window for the memory when it is full: {default}",
-    )
-    memory.add_argument(
-        "--last-context",
-        type=int,
-        metavar="TOKENS",
-        help="in place of it, windows as in LongLLaMA's code: a prompt's last TOKENS are one, those before are cut",
-    )
-    memory.add_argument(
-        "--memory-capacity",
-        type=int,
-        metavar="TOKENS",
-        help="remember only the latest so many in front of the window: everything unless told",
-    )
+def add_window_flags(group: Any, default: str) -> None:
+    """How memory layers cut a long text into windows, and how much they remember, as flags of an argument group.
+
+    default: the eviction unless told, in words.
+    """
+
+    def add(flag: str, text: str) -> None:
+        group.add_argument(flag, type=int, metavar="TOKENS", help=text)
+
+    add("--memory-eviction", f"oldest tokens that leave a full window of a model with memory layers: {default}")
+    add("--last-context", "in place of it, windows as in LongLLaMA's code: a prompt's last TOKENS are the last one")
+    add("--memory-capacity", "memory layers remember the latest so many in front of the window: all unless told")
 
 
 def window_options(options: argparse.Namespace) -> WindowOptions:
@@ -168,6 +191,10 @@ def placement(options: argparse.Namespace) -> Placement:
         storage=None if options.kv_dtype == "model" else options.kv_dtype,
         windows=window_options(options),
         default_eviction=True,
+        memory_top_k=options.memory_top_k,
+        memory_search=options.memory_search,
+        memory_directory=options.memory_directory,
+        memory_device=options.memory_device,
     )
 
 

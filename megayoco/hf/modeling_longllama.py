@@ -510,6 +510,16 @@ class LongLlamaForCausalLM(LongLlamaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if next_sequence_length is not None and next_sequence_length < 1:  # transformers would take all of them again
+            raise ValueError(
+                f"past_key_values has read {input_ids.shape[1] - next_sequence_length} tokens, and input_ids has"
+                f" {input_ids.shape[1]}: give those and new ones, or the new ones alone with the mask of all"
+            )
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:

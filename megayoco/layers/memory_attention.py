@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megayoco.config import CrossBatchConfig
 from megayoco.layers.context import KeyValues, Positions, Rotary
+from megayoco.layers.document_windows import attend_documents, has_documents
 from megayoco.layers.linear import Builder, ColumnLinear, Init, KeyValueLinear, RowLinear
 from megayoco.ops.key_value_cache import KeyValueCache
 from megayoco.ops.memory_attention import (
@@ -78,6 +79,8 @@ class MemoryAttention(nn.Module):
     ) -> tuple[Tensor, KeyValues | KeyValueCache]:
         """Raises ValueError for documents that are no padding, gaps between the tokens, or a context that lacks some;
         with cross-batch training for anything but whole sequences that are multiples of W."""
+        if positions.once("several documents", lambda: has_documents(positions)):
+            return attend_documents(self, x, positions, left)
         positions.once("begins with padding at most", lambda: _check(positions))
         x = sum_gradient(x, self.group)
         q_BTD = self.q_proj(x)

@@ -59,7 +59,7 @@ class Engine:
         self._run = run
         self._pipelined = topology.pipeline > 1
         self._bands = 1
-        self._documents = any(run.phase_data(number).document_mask for number in range(len(run.phases)))
+        self._documents = any(run.phase_data(number).has_borders for number in range(len(run.phases)))
         config = engine_config(ds_config)
         # to DeepSpeed the ranks of a sequence are replicas like any others
         config["train_batch_size"] *= topology.sequence

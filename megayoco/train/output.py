@@ -124,7 +124,13 @@ def check_data(plan: OutputPlan, phase: int, datasets: Datasets) -> None:
     remedy = "Restore it, or start anew with --overwrite or another output_dir."
     before = read_json_object(path, remedy).get(str(phase))
     for source, entry in zip(datasets.shares, before if isinstance(before, list) else [], strict=False):
-        tokens = entry.get("tokens_per_epoch") if isinstance(entry, dict) else None
+        entry = entry if isinstance(entry, dict) else {}
+        tokens = entry.get("tokens_per_epoch")
+        if source.content != entry.get("content") and tokens == source.tokens_per_epoch:
+            raise UserError(
+                f"{source.prefix} gives other examples to phase {phase} than when the run began ({path}): a file, a"
+                f" field or a filter has changed since. {remedy}"
+            )
         if tokens != source.tokens_per_epoch:
             raise UserError(
                 f"{source.prefix} gives {source.tokens_per_epoch:,} tokens to an epoch of phase {phase}, but {tokens}"

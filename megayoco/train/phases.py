@@ -53,7 +53,9 @@ class Timeline:
     @classmethod
     def of(cls, run: RunConfig) -> Timeline:
         """The phases of a run with the data of each."""
-        return cls(run.phases, [run.phase_data(number).order_settings() for number in range(len(run.phases))])
+        return cls(
+            run.phases, [run.phase_data(i).order_settings(phase.batch_size) for i, phase in enumerate(run.phases)]
+        )
 
     def position(self, step: int) -> Position:
         """Where the run stands after `step` steps. Raises ValueError outside 0..total_steps."""

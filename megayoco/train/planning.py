@@ -203,7 +203,7 @@ class _Draft:
     ) -> None:
         self.run, self.number, self.axes, self.cluster, self.stages = run, number, axes, cluster, stages
         self.work: Work = phase_work(run, number, axes, width, bands, gpu=True)
-        model, documents = run.model, run.phase_data(number).document_mask
+        model, documents = run.model, run.phase_data(number).has_borders
         self.micro_batches = run.phases[number].micro_batches(axes.data)
         self.parts: list[Activations] = [
             step_activations(self.work, stage, stage_parameters(model, stage, axes.tensor)) for stage in stages

@@ -259,6 +259,8 @@ class Session:
                 sequence_length=self.run.phases[number].sequence_length,
                 seed=self.run.seed,
                 vocab_size=self.run.model.vocab_size,
+                batch_size=self.run.phases[number].batch_size,
+                tokenizer=self.tokenizer,
                 default_cache_dir=os.path.join(self.run.output_dir, "data_cache"),
             )
 
@@ -273,7 +275,7 @@ class Session:
         ]
         if len(sources) > most:
             lines.append(f"phase {label}: and {len(sources) - most} more datasets")
-        return lines
+        return lines + [f"phase {label}: {note}" for note in datasets.notes]
 
     def _datasets_of(self, number: int) -> Datasets:
         if number not in self._datasets:

@@ -17,6 +17,10 @@ from tests.generate.models import MODELS, SHAPE
 
 FACTS: dict[str, Any] = {"step": 7, "sequence_length": 4096, "phases": [{"sequence_length": 4096, "rope_theta": 1e4}]}
 TIED_LLAMA = ModelConfig(**SHAPE, pattern="llama", tie_embeddings=True)
+PLAIN_LLAMA = ModelConfig(**{**SHAPE, "kv_heads": None}, pattern="llama")
+LONGLLAMA = ModelConfig(**{**SHAPE, "kv_heads": None}, pattern="llama", memory_layers=(1, 2), memory_window=6)
+EXPRESSED: dict[str, ModelConfig | str] = {"llama": "llama", "longllama": LONGLLAMA, "easylm": LONGLLAMA}
+"""A model for the formats that cannot hold a YOCO."""
 
 
 def random_weights(model: ModelConfig | str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Weights:
@@ -50,7 +54,7 @@ def assert_same(found: Weights, expected: Weights) -> None:
 def resolved(model: ModelConfig) -> tuple[Any, ...]:
     """Everything that decides what a model computes."""
     sizes = (model.dim, model.hidden_dim, model.heads, model.num_kv_heads, model.num_self_heads, model.vocab_size)
-    rest = (model.window, model.rope_theta, model.norm_eps, model.tie_embeddings)
+    rest = (model.window, model.memory_window, model.rope_theta, model.norm_eps, model.tie_embeddings)
     return (model.pattern, tuple(model.layer_pattern()), sizes, rest)
 
 

@@ -16,7 +16,7 @@ from megayoco.convert.formats import FORMATS, read_weights, recognise, write_wei
 from megayoco.convert.weights import HeldTensors
 from megayoco.data.tokenizer import ByteTokenizer
 from megayoco.errors import UserError
-from tests.convert.models import assert_same, listing, random_weights
+from tests.convert.models import EXPRESSED, assert_same, listing, random_weights
 
 
 def write_checkpoint(folder, weights, step):
@@ -72,7 +72,7 @@ def test_what_is_nothing_of_ours(tmp_path):
         read_weights(tmp_path)
     for part in ("holds no model of a format that we know", "model_type llama (llama)", "params.json", *FORMATS):
         assert part in str(caught.value)
-    for name in ("hf", "llama", "fla"):
+    for name in ("hf", "llama", "longllama", "fla"):
         with pytest.raises(UserError, match=r"config\.json describes 'bert'"):
             read_weights(tmp_path, name)
     with pytest.raises(UserError, match="does not describe an export of MegaYOCO"):
@@ -97,7 +97,7 @@ def test_a_tokenizer_may_be_given(tmp_path):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_there_is_not_replaced_unless_told(tmp_path, name):
-    first, second = (random_weights("llama" if name == "llama" else "retention", seed) for seed in (1, 2))
+    first, second = (random_weights(EXPRESSED.get(name, "retention"), seed) for seed in (1, 2))
     write_weights(tmp_path / "f", name, first, shard_bytes=50_000)
     with pytest.raises(UserError, match=r"is not empty\. Give --overwrite"):
         write_weights(tmp_path / "f", name, second)
@@ -123,14 +123,16 @@ def test_memory_layers_are_kept_or_refused(tmp_path, name, model):
             weights.model.memory_window,
         )
         return
-    with pytest.raises(UserError, match=r"has no memory layers|is no LLaMA|has no pattern|halves of equal depth"):
+    with pytest.raises(
+        UserError, match=r"no memory layers|is no (Long)?LLaMA|has no pattern|equal depth|for every head"
+    ):
         write_weights(tmp_path / "f", name, weights)
     assert not (tmp_path / "f").exists()
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_conversion_that_fails_half_way_leaves_nothing(tmp_path, name):
-    weights = random_weights("llama" if name == "llama" else "retention")
+    weights = random_weights(EXPRESSED.get(name, "retention"))
 
     class Damaged(HeldTensors):
         def __getitem__(self, key):

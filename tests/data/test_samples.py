@@ -194,14 +194,14 @@ def test_a_pair_of_megatron_is_read_as_megatron_reads_it(tmp_path):
 
 def test_an_id_outside_the_vocabulary_is_refused_where_it_is_read(stream):
     narrow = stream([30, 40, 20])
-    narrow._vocab_size = 89
+    narrow._file._vocab_size = 89
     with pytest.raises(UserError, match=r"numbers\.bin holds token id 89, outside the model's vocabulary 0\.\.88"):
         narrow.read(0, 90)
 
 
 def test_a_file_that_becomes_shorter_under_a_run_is_an_error(stream):
     tokens = stream([30, 40], seed=None)
-    os.truncate(tokens._path, 100)
+    os.truncate(tokens._file._path, 100)
     assert tokens.read(0, 50)[0].tolist() == list(range(50))
     with pytest.raises(UserError, match=r"numbers\.bin ends before byte 130: it has become shorter"):
         tokens.read(40, 25)

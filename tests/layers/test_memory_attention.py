@@ -135,9 +135,9 @@ def test_what_cannot_be_is_refused() -> None:
     starts = torch.zeros_like(tokens)
     assert torch.equal(model(tokens, targets, starts)[0], model(tokens, targets)[0])  # one document per row
     starts[1, 5:] = 5
-    with pytest.raises(ValueError, match="no document borders"):
-        model(tokens, targets, starts)
     model.set_cross_batch(CrossBatchConfig(range=1))
+    with pytest.raises(ValueError, match="cannot keep documents apart"):
+        model(tokens, targets, starts)
     with pytest.raises(ValueError, match="7 tokens are no packs of windows of 4"):
         model(tokens[:, :7], targets[:, :7])
     with pytest.raises(ValueError, match="2 bands"):

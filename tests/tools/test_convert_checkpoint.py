@@ -16,7 +16,7 @@ from megayoco.data.command import run_command
 from megayoco.data.tokenizer import ByteTokenizer
 from megayoco.data.tokenizer.export import write_for_transformers
 from megayoco.generate import __main__ as generate
-from tests.convert.models import assert_same, listing, random_weights
+from tests.convert.models import LONGLLAMA, PLAIN_LLAMA, assert_same, listing, random_weights
 from tests.tools.test_tools import ROOT, fails, load_tool
 
 tool = load_tool("convert_checkpoint")
@@ -93,6 +93,25 @@ def test_there_and_back_in_bfloat16(sources, tmp_path, capsys, model, target, by
     rounded = random_weights(model)
     rounded = rounded._replace(tensors=Cast(Cast(rounded.tensors, torch.bfloat16), torch.float32))
     assert_same(read_weights(tmp_path / "back"), rounded)
+
+
+def test_a_llama_becomes_a_longllama_and_back(tmp_path, capsys):
+    write_weights(tmp_path / "llama", "llama", random_weights(PLAIN_LLAMA))
+    there = ["--from", "llama", "--to", "longllama", "--load", tmp_path / "llama", "--save", tmp_path / "there"]
+    assert convert(*there, "--memory-layers", "1,2", "--memory-window", "6", "--check") == 0
+    by = "LongLlamaForCausalLM of transformers"
+    assert f"check: logits by {by} on 252 tokens of text differ by" in capsys.readouterr().out  # 42 windows
+    assert_same(read_weights(tmp_path / "there"), random_weights(LONGLLAMA))
+    back = ["--from", "longllama", "--to", "easylm", "--load", tmp_path / "there", "--save", tmp_path / "back"]
+    assert convert(*back, "--memory-layers", "none", "--check") == 0
+    assert_same(read_weights(tmp_path / "back"), random_weights(PLAIN_LLAMA))
+    assert convert(*there, "--overwrite", "--check") == 0  # as a plain LLaMA
+    for more, message in (
+        (["--memory-layers", "1;2", "--memory-window", "6"], "--memory-layers 1;2 is no list of numbers"),
+        (["--memory-layers", "1"], "--memory-layers needs --memory-window"),
+        (["--memory-window", "6"], "--memory-window is used only with --memory-layers"),
+    ):
+        assert message in fails(tool, [*there, "--overwrite", *more], capsys)
 
 
 def test_text_comes_out_of_every_folder(sources, tmp_path, capsys):
