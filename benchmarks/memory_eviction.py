@@ -1,11 +1,12 @@
 """Which tokens should leave a full window in generation: the loss of a small LongLLaMA by the rule of its windows.
 
-    python benchmarks/memory_eviction.py [--steps 400] [--threads 1] [--output FILE.json]
+    python benchmarks/memory_eviction.py [--steps 360] [--threads 1] [--state FILE.pt] [--output FILE.json]
 
 Trains a byte-level model of the LLaMA pattern with memory layers on English prose (the reference texts that come with
 Python), on sequences of several windows, in the windows of training. Then it reads passages of the same texts that it
 was not trained on with every rule of `WindowOptions`. Reported is the mean loss (nats per byte) of all bytes, and of
 those behind the first window, with the difference to the windows of training and its standard error over the passages.
+With --state, training is kept in a file now and then, and the same command goes on from it.
 """
 
 from __future__ import annotations
@@ -58,11 +59,12 @@ RULES: dict[str, WindowOptions] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--steps", type=int, default=400)
+    add("--steps", type=int, default=360)
     add("--passages", type=int, default=48)
     add("--passage-bytes", type=int, default=16 * WINDOW + 1)
     add("--cross-batch", type=int, default=0, help="windows of other texts and its own that a window sees in training")
     add("--threads", type=int, default=1)
+    add("--state", type=Path, help="where training is kept, and goes on from")
     add("--output", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -97,8 +99,15 @@ def trained(data: Tensor, options: argparse.Namespace) -> tuple[Decoder, list[fl
     if options.cross_batch:
         decoder.set_cross_batch(CrossBatchConfig(range=options.cross_batch))
     optimizer = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    generator, losses, start = torch.Generator().manual_seed(0), [], time.perf_counter()
-    for step in range(options.steps):
+    generator, start = torch.Generator().manual_seed(0), time.perf_counter()
+    losses: list[float] = []
+    if options.state and options.state.exists():
+        state = torch.load(options.state)
+        decoder.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        losses = state["losses"]
+    for step in range(len(losses), options.steps):
         rate = min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / options.steps))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate
@@ -110,8 +119,11 @@ def trained(data: Tensor, options: argparse.Namespace) -> tuple[Decoder, list[fl
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach() / count))
-        if step % 20 == 0:
-            print(f"step {step}: loss {losses[-1]:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+        if len(losses) % 20 == 0:
+            print(f"{len(losses)} steps: loss {losses[-1]:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+            if options.state:
+                state = {"model": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save({**state, "generator": generator.get_state(), "losses": losses}, options.state)
     return decoder.eval(), losses
 
 
