@@ -11,6 +11,7 @@ REQUIRES = [
     "hjson>=3.1",
     "matplotlib>=3.9",
     "megatron-core>=0.16",
+    "msgpack>=1.0",
     "numpy>=2.0",
     "orjson>=3.10",
     "psutil>=5.9",

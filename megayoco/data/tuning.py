@@ -109,4 +109,6 @@ def filled_up(ids: np.ndarray, labelled: np.ndarray, length: int, padding: int) 
     tokens[padding : padding + n] = ids
     targets = np.zeros(length, bool)
     targets[padding : padding + n - 1] = labelled[1:]
-    return Sample(tokens=tokens, borders=np.zeros(0, np.int64), num_targets=length, padding=padding, labelled=targets)
+    return Sample(
+        tokens=tokens, borders=np.zeros(0, np.int64), num_targets=padding + n - 1, padding=padding, labelled=targets
+    )

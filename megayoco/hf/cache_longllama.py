@@ -50,8 +50,10 @@ class MemoryPart:
         self.key[:, :, self.length : end], self.value[:, :, self.length : end] = key, value
         if visible is not None or self.visible is not None:
             both = (self.visible, self.length), (visible, key.shape[2])
-            ones = (part if part is not None else key.new_ones(len(key), n, dtype=torch.bool) for part, n in both)
-            self.visible = torch.cat(list(ones), 1)
+            rows, device = len(key), key.device
+            self.visible = torch.cat(
+                [torch.ones(rows, n, dtype=torch.bool, device=device) if part is None else part for part, n in both], 1
+            )
         self.length = end
 
     def select(self, rows: Tensor) -> None:
@@ -161,7 +163,7 @@ class LongLlamaCache(Cache):
         seen: tokens read so far, those that were dropped included.
     """
 
-    layers: list[LongLlamaCacheLayer]
+    layers: list[LongLlamaCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: LongLlamaConfig) -> None:
         dtype = getattr(torch, config.mem_dtype)
@@ -236,7 +238,9 @@ class LongLlamaCache(Cache):
             layer.select(beam_idx)
         self.positions = None if self.positions is None else select_rows(self.positions, beam_idx)
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The same."""
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row of the batch `repeats` times."""

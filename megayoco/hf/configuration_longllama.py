@@ -3,6 +3,7 @@
 Field names and defaults are those of the released LongLLaMA. Source: Focused Transformer, arXiv 2307.03170.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -14,6 +15,25 @@ MEMORY_DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "
 class LongLlamaConfig(PreTrainedConfig):
     """Shape of a LLaMA some of whose layers have a memory, and how long inputs are cut.
 
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as in LLaMA.
+        num_key_value_heads, head_dim: num_attention_heads and hidden_size / num_attention_heads, nothing else.
+        hidden_act: silu.
+        max_position_embeddings: tokens of a window, and the most that the local cache holds.
+        initializer_range, rms_norm_eps: as in LLaMA.
+        rope_theta: base of the rotary embedding, with the frequencies theta ** -(2j / K).
+        use_cache, tie_word_embeddings, pad_token_id, bos_token_id, eos_token_id: as in LLaMA.
+        last_context_length: last tokens of an input that are read as local context; what is before them goes through
+            memory, window by window. At most max_position_embeddings; with that value only what does not fit one
+            window is cut.
+        mem_layers: numbers, from 0, of the layers that have a memory.
+        mem_positionals: whether memory layers have rotary positions, for their local part as well.
+        mem_dtype: what keys and values are stored as in memory; they are read in the model's own dtype.
+        mem_attention_grouping: (heads, queries) that memory layers take at a time; None: all of them.
+        torch_attention: attention by `scaled_dot_product_attention` of torch, where it is more than one query.
+        gradient_checkpoint_every_ith: with gradient checkpointing, layers whose number is a multiple of this are
+            computed again in backward.
+
     Raises:
         ValueError: a field is impossible, contradicts another, or asks for what the model has not; it is named.
     """
@@ -21,58 +41,44 @@ class LongLlamaConfig(PreTrainedConfig):
     model_type = "longllama"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-
-    num_key_value_heads: int | None = None
-    """As many as `num_attention_heads`."""
-
-    head_dim: int | None = None
-    """hidden_size / num_attention_heads."""
-
-    hidden_act: str = "silu"
-
-    max_position_embeddings: int = 2048
-    """Tokens of a window, and the most that the local cache holds."""
-
-    initializer_range: int | float = 0.02
-    rms_norm_eps: int | float = 1e-6
-
-    rope_theta: int | float = 10000.0
-    """Base of the rotary embedding, with the frequencies theta ** -(2j / K)."""
-
-    use_cache: bool = True
-    tie_word_embeddings: bool = False
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-
-    last_context_length: int = 1024
-    """Last tokens of an input that are read as local context; what is before them goes through memory, window by
-    window. At most `max_position_embeddings`; with that value only what does not fit one window is cut."""
-
-    mem_layers: list[int] | tuple[int, ...] = ()
-    """Numbers, from 0, of the layers that have a memory."""
-
-    mem_positionals: bool = True
-    """Whether memory layers have rotary positions, for their local part as well."""
-
-    mem_dtype: str = "bfloat16"
-    """What keys and values are stored as in memory; they are read in the model's own dtype."""
-
-    mem_attention_grouping: list[int] | tuple[int, ...] | None = None
-    """(heads, queries) that memory layers take at a time; None: all of them."""
-
-    torch_attention: bool = False
-    """Attention by `scaled_dot_product_attention` of torch, where it is more than one query."""
-
-    gradient_checkpoint_every_ith: int = 1
-    """With gradient checkpointing, layers whose number is a multiple of this are computed again in backward."""
-
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 2,
+        last_context_length: int = 1024,
+        mem_layers: Sequence[int] = (),
+        mem_positionals: bool = True,
+        mem_dtype: str = "bfloat16",
+        mem_attention_grouping: Sequence[int] | None = None,
+        torch_attention: bool = False,
+        gradient_checkpoint_every_ith: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
+        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        self.num_key_value_heads, self.head_dim = num_key_value_heads, head_dim
+        self.hidden_act, self.initializer_range, self.rms_norm_eps = hidden_act, initializer_range, rms_norm_eps
+        self.max_position_embeddings, self.last_context_length = max_position_embeddings, last_context_length
+        self.rope_theta, self.use_cache = rope_theta, use_cache
+        self.mem_layers, self.mem_positionals, self.mem_dtype = list(mem_layers or ()), mem_positionals, mem_dtype
+        self.mem_attention_grouping = None if mem_attention_grouping is None else list(mem_attention_grouping)
+        self.torch_attention = torch_attention
+        self.gradient_checkpoint_every_ith = gradient_checkpoint_every_ith
         self._take_rotary(kwargs)
         self._check_shape(kwargs)
         self._check_memory()
@@ -85,7 +91,13 @@ class LongLlamaConfig(PreTrainedConfig):
                 "AutoModelForCausalLM": "modeling_longllama.LongLlamaForCausalLM",
             },
         )
-        super().__post_init__(**kwargs)
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
 
     def _take_rotary(self, kwargs: dict[str, Any]) -> None:
         """rope_theta, also from where transformers 5 keeps it."""
@@ -128,7 +140,7 @@ class LongLlamaConfig(PreTrainedConfig):
                 raise ValueError(f"{name} {kwargs[name]} is not supported: LongLLaMA has no biases and no dropout")
 
     def _check_memory(self) -> None:
-        layers = self.mem_layers = list(self.mem_layers or ())
+        layers = self.mem_layers
         if len(set(layers)) < len(layers):
             raise ValueError(f"mem_layers names a layer more than once: {layers}")
         for layer in layers:
@@ -144,7 +156,6 @@ class LongLlamaConfig(PreTrainedConfig):
         if self.mem_dtype not in MEMORY_DTYPES:
             raise ValueError(f"mem_dtype must be one of {', '.join(MEMORY_DTYPES)}, got {self.mem_dtype!r}")
         if self.mem_attention_grouping is not None:
-            self.mem_attention_grouping = list(self.mem_attention_grouping)
             if len(self.mem_attention_grouping) != 2:
                 raise ValueError(f"mem_attention_grouping must be (heads, queries), got {self.mem_attention_grouping}")
             for number in self.mem_attention_grouping:

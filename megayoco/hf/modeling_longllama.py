@@ -233,6 +233,7 @@ class LongLlamaDecoderLayer(GradientCheckpointingLayer):
 
 
 class LongLlamaPreTrainedModel(PreTrainedModel):
+    config: LongLlamaConfig
     config_class = LongLlamaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -246,7 +247,7 @@ class LongLlamaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding | nn.Linear):
             init.normal_(module.weight, std=self.config.initializer_range)
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
         given = getattr(gradient_checkpointing_func, "keywords", {})
@@ -322,7 +323,8 @@ class LongLlamaModel(LongLlamaPreTrainedModel):
         valid = _valid(attention_mask, B, n, T)
         windows = self._windows(T, n, last_context_length)
 
-        kept, states = [], [[] for _ in range(len(self.layers) + 1)]
+        kept: list[Tensor] = []
+        states: list[list[Tensor]] = [[] for _ in range(len(self.layers) + 1)]
         wanted = T if inner or not 0 < last_rows < T else last_rows
         for begin, end in windows:
             local = cache.local_tokens
@@ -450,6 +452,16 @@ def _visible(valid: Tensor | None, cached: int, tokens: int, device: torch.devic
     return causal if padding is None else causal & padding
 
 
+def mask_positions(attention_mask: Tensor) -> Tensor:
+    """Positions (B, S) of all tokens; padding in front is at -1, as in the released code."""
+    return attention_mask.long().cumsum(-1) - 1
+
+
+def _parent(parent: Any) -> Any:
+    """super() without its types: those of generation ask for more than a model with a head."""
+    return parent
+
+
 class LongLlamaForCausalLM(LongLlamaPreTrainedModel, GenerationMixin):
     """The stack with its head."""
 
@@ -510,17 +522,22 @@ class LongLlamaForCausalLM(LongLlamaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        mask, parent = kwargs.get("attention_mask"), _parent(super())
         if next_sequence_length is not None and next_sequence_length < 1:  # transformers would take all of them again
             raise ValueError(
                 f"past_key_values has read {input_ids.shape[1] - next_sequence_length} tokens, and input_ids has"
                 f" {input_ids.shape[1]}: give those and new ones, or the new ones alone with the mask of all"
             )
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        if mask is not None and kwargs.get("position_ids") is None:  # in versions that make them here
+            kwargs["position_ids"] = mask_positions(mask)
+        if next_sequence_length is not None:
+            kwargs["next_sequence_length"] = next_sequence_length
+        return parent.prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[no-any-return]
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         for name in ("cache_implementation", "prefill_chunk_size"):
@@ -537,21 +554,22 @@ class LongLlamaForCausalLM(LongLlamaPreTrainedModel, GenerationMixin):
             raise ValueError(f"past_key_values must be a LongLlamaCache, as this model returns it, got {kind}")
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """(B, S) of all tokens; padding in front is at -1, as in the released code."""
         attention_mask = model_kwargs.get("attention_mask")
         if attention_mask is None:
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        return attention_mask.long().cumsum(-1) - 1
+            return _parent(super())._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # type: ignore[no-any-return]
+        return mask_positions(attention_mask)
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        criteria = _parent(super())._get_stopping_criteria(*args, **kwargs)
         for criterion in criteria:
             if hasattr(criterion, "max_position_embeddings"):
                 criterion.max_position_embeddings = None  # a window is no limit: it would warn of nothing
         return criteria
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+    def _update_model_kwargs_for_generation(  # type: ignore[override]
+        self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        model_kwargs = _parent(super())._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         if not model_kwargs.get("use_cache", True):  # the next step reads everything again, and must not remember it
             model_kwargs.pop("past_key_values", None)
         return model_kwargs

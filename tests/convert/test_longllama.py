@@ -178,8 +178,11 @@ assert torch.equal(answer, expected["answer"])
 
 again = folder.with_suffix(".again")
 model.save_pretrained(again)
-for name in ("model.safetensors", *(f"{part}_longllama.py" for part in ("configuration", "cache", "modeling"))):
+for part in ("configuration", "cache", "modeling"):
+    name = f"{part}_longllama.py"
     assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+before, after = (load_file(place / "model.safetensors") for place in (folder, again))
+assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 old, new = (json.loads((place / "config.json").read_text()) for place in (folder, again))
 assert old.items() <= (new | {"rope_scaling": None, "attention_bias": False, "mlp_bias": False}).items(), (old, new)
 assert type(AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)).__name__ == "LongLlamaForCausalLM"
