@@ -19,104 +19,29 @@ Source: Focused Transformer (LongLLaMA), arXiv 2307.03170; cross-batch ranges as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megayoco.ops.attention import causal_parts
-from megayoco.ops.attention_parts import MASKED_ROWS, Part, Rows, backward_by_parts, dense_heads, forward_by_parts
+from megayoco.ops.attention_parts import Part, Rows, backward_by_parts, dense_heads, forward_by_parts
 from megayoco.ops.attention_store import KEYS_PER_SLICE, KEYS_PER_SLICE_CUDA
 from megayoco.ops.backends import attention_backend
 from megayoco.ops.key_value_cache import KeyValueCache
 from megayoco.ops.key_values import KeyValues
 from megayoco.ops.memory_search import attention_over_nearest
-from megayoco.ops.windows import Span, Windows
-
-NOTHING = slice(0, 0)
+from megayoco.ops.memory_segments import NOTHING as NOTHING
+from megayoco.ops.memory_segments import Segment as Segment
+from megayoco.ops.memory_segments import local_edge, memory_edges, remembered_by_all, single_windows
+from megayoco.ops.memory_segments import window_segments as window_segments
 
 Remembered = Callable[[slice, slice], Iterable[tuple[Tensor, Tensor]]]
 """(batch entries, key numbers) -> keys and values (B', S', G, K) of these, piece by piece."""
 Nearest = Callable[[Tensor, slice, slice], tuple[Tensor, Tensor] | None]
 """(queries (B', R, H, K), batch entries, key numbers) -> attention over some of these keys and its log-sum-exp, both in
 fp32 or wider. None: all of them are to be read."""
-
-
-class Step(NamedTuple):
-    """Queries of one window among those of a segment with several."""
-
-    rows: int
-    """How many."""
-    local: int
-    """Number of the first key that they see locally."""
-    memory: int
-    """Number of the first key that they remember; the last one is in front of `local`."""
-
-
-class Segment(NamedTuple):
-    """Queries and the keys that they see, all of one window unless there are steps."""
-
-    rows: slice
-    """Queries of the chunk."""
-    local: slice
-    """Keys of the window; its last ones are the queries' own, so the mask is causal and aligned bottom-right."""
-    memory: slice
-    """Keys that all of the queries remember, or with steps some of them."""
-    batch: slice = slice(None)
-    steps: tuple[Step, ...] = ()
-    """The windows of the queries where there are several, ascending; only in inference."""
-
-
-def window_segments(
-    windows: Windows, row: int, queries: int, keys: int, *, remembers: bool, batch: slice = slice(None)
-) -> list[Segment]:
-    """The segments of a chunk that sees the sequence before it.
-
-    Args:
-        windows: of the chunk.
-        row: which of their rows.
-        queries, keys: T and S.
-        remembers: whether a query sees what is before its window.
-        batch: the entries of the batch that this holds for.
-
-    Raises:
-        ValueError: keys that a query sees are not there.
-    """
-    spans = windows.rows[row]
-    first = spans[0].start
-    origin = keys - queries - first  # the number of the key at index 0
-    segments = []
-    for group in _groups(spans) if windows.overlap else [[span] for span in spans]:
-        begin, stop = group[0].begin, group[-1].stop
-        earliest = windows.remembered_from(begin) if remembers and begin > 0 else begin
-        if origin + earliest < 0:
-            missing = -(origin + earliest)
-            raise ValueError(f"the context of {keys - queries} tokens before index {first} lacks {missing} of them")
-        memory = NOTHING
-        if remembers and group[-1].begin > 0:
-            memory = slice(origin + earliest, origin + group[-1].begin)
-        steps: tuple[Step, ...] = ()
-        if len(group) > 1:
-            steps = tuple(
-                Step(span.stop - span.start, origin + span.begin, origin + windows.remembered_from(span.begin))
-                for span in group
-            )
-        rows, local = slice(group[0].start - first, stop - first), slice(origin + begin, origin + stop)
-        segments.append(Segment(rows, local, memory, batch, steps))
-    return segments
-
-
-def _groups(spans: Sequence[Span]) -> list[list[Span]]:
-    """Neighbouring windows of few queries together, up to MASKED_ROWS of them; padding by itself."""
-    groups: list[list[Span]] = []
-    for span in spans:
-        joins = groups and groups[-1][0].start >= 0 and span.stop - groups[-1][0].start <= MASKED_ROWS
-        if joins:
-            groups[-1].append(span)
-        else:
-            groups.append([span])
-    return groups
 
 
 def cross_batch_segments(samples: int, length: int, window: int, reach: int, stepping: bool) -> list[Segment]:
@@ -206,7 +131,7 @@ def memory_attention_over_context(
     backend = attention_backend(q, None)
     search = context.search if isinstance(context, KeyValueCache) else None
     if search is not None:  # among keys that all queries of a segment remember
-        segments = [window for segment in segments for window in _single_windows(segment)]
+        segments = [window for segment in segments for window in single_windows(segment)]
 
     def nearest(own: Tensor, batch: slice, keys: slice) -> tuple[Tensor, Tensor] | None:
         if search is None or keys.stop - keys.start <= search.top_k:
@@ -331,7 +256,7 @@ def _forward(
         own, at_local = q[batch, rows], (batch, _moved(local, -first))
         given = q_local[batch, rows], rotated[at_local], local_value[at_local]
         if steps:
-            edge = _local_edge(segment, q.device)
+            edge = local_edge(segment, q.device)
             y, lse = forward_by_parts(*given, edge.seen, parts=edge.parts, **options)
         else:
             parts, count = _local_parts(rows, local, backend)
@@ -342,88 +267,17 @@ def _forward(
             _merge(y, lse, *found)
         elif memory != NOTHING:
             y = y.to(wide)
-            for edge in _memory_edges(segment, q.device) if steps else ():
+            for edge in memory_edges(segment, q.device) if steps else ():
                 at = edge.rows
                 key, value = (torch.cat(x, 1) for x in zip(*remembered(batch, edge.keys), strict=True))
                 more = forward_by_parts(own[:, at], key, value, edge.seen, parts=edge.parts, **options)
                 _merge(y[:, at], lse[:, :, at], *more)
-            for key, value in remembered(batch, _remembered_by_all(segment)):
+            for key, value in remembered(batch, remembered_by_all(segment)):
                 parts, count = _memory_parts(rows, key.shape[1])
                 _merge(y, lse, *forward_by_parts(own, key, value, Rows(count), parts=parts, **options))
         out[batch, rows] = y.to(q.dtype)
         all_lse[batch, :, rows] = lse
     return out, all_lse
-
-
-def _single_windows(segment: Segment) -> list[Segment]:
-    """A segment for each of its windows."""
-    if not segment.steps:
-        return [segment]
-    found, row, own = [], segment.rows.start, segment.local.stop - segment.rows.stop
-    for step in segment.steps:
-        rows = slice(row, row + step.rows)
-        memory = NOTHING
-        if segment.memory != NOTHING and step.memory < step.local:
-            memory = slice(step.memory, step.local)
-        found.append(Segment(rows, slice(step.local, own + rows.stop), memory, segment.batch))
-        row = rows.stop
-    return found
-
-
-class _Edge(NamedTuple):
-    """Keys of which the queries of several windows see more or less."""
-
-    rows: slice
-    """Queries of the segment, each of which sees a key."""
-    keys: slice
-    seen: Rows
-
-    @property
-    def parts(self) -> list[Part]:
-        return [Part(slice(0, self.rows.stop - self.rows.start), slice(0, self.seen.keys), "masked")]
-
-
-def _local_edge(segment: Segment, device: torch.device) -> _Edge:
-    """The local keys of a segment with steps."""
-    local = segment.local
-    first_key = _of_rows(segment, [step.local - local.start for step in segment.steps], device)
-    rows = slice(0, segment.rows.stop - segment.rows.start)
-    return _Edge(rows, local, Rows(local.stop - local.start, first_key=first_key))
-
-
-def _remembered_by_all(segment: Segment) -> slice:
-    """Keys that all queries of a segment remember."""
-    if not segment.steps:
-        return segment.memory
-    first, last = segment.steps[0], segment.steps[-1]
-    return slice(last.memory, first.local) if last.memory < first.local else NOTHING
-
-
-def _memory_edges(segment: Segment, device: torch.device) -> list[_Edge]:
-    """What is left: keys that only the first queries remember, for lack of capacity, and those that only the last ones
-    do, because the others see them locally."""
-    steps = segment.steps
-    middle = _remembered_by_all(segment)
-    ends = [(segment.memory.start, middle.start), (middle.stop, segment.memory.stop)]
-    if middle == NOTHING:
-        ends = [(segment.memory.start, segment.memory.stop)]
-    edges = []
-    for start, stop in ends:
-        seeing = [number for number, step in enumerate(steps) if max(step.memory, start) < min(step.local, stop)]
-        if not seeing:
-            continue
-        counts = [sum(step.rows for step in steps[:number]) for number in (seeing[0], seeing[-1] + 1)]
-        rows = slice(*counts)
-        first_key = _of_rows(segment, [max(step.memory - start, 0) for step in steps], device)[:, rows]
-        index = _of_rows(segment, [min(step.local, stop) - 1 - start for step in steps], device)[:, rows]
-        edges.append(_Edge(rows, slice(start, stop), Rows(stop - start, index, first_key)))
-    return edges
-
-
-def _of_rows(segment: Segment, values: Sequence[int], device: torch.device) -> Tensor:
-    """(1, R) int64: a value of each step for each of its queries."""
-    counts = torch.tensor([step.rows for step in segment.steps])
-    return torch.tensor(values).repeat_interleave(counts)[None].to(device)
 
 
 def _merge(y: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
