@@ -18,6 +18,7 @@ from megayoco.data.command import positive_int
 from megayoco.errors import UserError
 from megayoco.evaluate.evaluations import EVALUATIONS, Evaluation, find_evaluation
 from megayoco.evaluate.flags import add_flags, flag_of, options_from
+from megayoco.generate.options import add_window_flags, window_options
 
 PROGRAM = "python -m megayoco.evaluate"
 
@@ -44,6 +45,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace, Any]:
     evaluation = find_evaluation(name)
     parser = _parser(name, evaluation)
     given = parser.parse_args(rest)
+    window_options(given)
     return name, given, options_from(evaluation.options, given)
 
 
@@ -71,6 +73,7 @@ def _parser(name: str, evaluation: Evaluation) -> argparse.ArgumentParser:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; a GPU where there is one")
     add("--tensor", type=positive_int, metavar="N", help="processes that share each layer of a copy of the model: 1")
     add("--pipeline", type=positive_int, metavar="N", help="processes that share a copy's stack of layers: 1")
+    add_window_flags(parser, "all of them unless told, as in training")
     add_flags(parser, evaluation.options)
     return parser
 
@@ -97,6 +100,7 @@ def evaluate(name: str, given: argparse.Namespace, options: Any) -> dict[str, fl
             pipeline=given.pipeline or 1,
             copies=True,
             storage=storage,
+            windows=window_options(given),
         ),
     )
     # these after torch, which takes seconds: a wrong path is told before
@@ -107,8 +111,9 @@ def evaluate(name: str, given: argparse.Namespace, options: Any) -> dict[str, fl
     if given.overwrite:
         first_rank_does(lambda: clear(output))
     dtype = str(opened.model.dtype).removeprefix("torch.")
+    memory = {flag.strip("-").replace("-", "_"): str(value) for flag, value in opened.model.windows.given().items()}
     subject = describe(
-        opened.weights, shlex.join([*PROGRAM.split(), *sys.argv[1:]]), dtype=dtype, kv_dtype=storage or dtype
+        opened.weights, shlex.join([*PROGRAM.split(), *sys.argv[1:]]), dtype=dtype, kv_dtype=storage or dtype, **memory
     )
     progress = ConsoleProgress(name)
     try:

@@ -281,7 +281,10 @@ class HarnessModel(TemplateLM):
 
         def run(batch: Sequence[Pair]) -> Sequence[tuple[float, bool]]:
             if alone(batch[0]) is not None:
-                return self._share_context(batch)
+                # windows that depend on how long a request is have no beginning in common
+                if self.model.empty_context(1).prompts is None:
+                    return self._share_context(batch)
+                return [score_continuations(self.model, [pair], chunk=self.prefill_chunk)[0] for pair in batch]
             return score_continuations(self.model, batch, chunk=self.prefill_chunk)
 
         answers = self._answers(kind, pairs, run, length=lambda pair: len(pair[0]) + len(pair[1]) - 1, group=alone)

@@ -28,7 +28,8 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def shared_prefill(
     model: InferenceModel, prompts: Sequence[list[int]], *, chunk: int, reserve: int = 0
 ) -> Iterator[tuple[int, DecoderContext, Sequence[int]]]:
-    """Each prompt, in any order, with the context of its beginning.
+    """Each prompt, in any order, with the context of its beginning. Where windows depend on how long a prompt is, no
+    two have a beginning in common, and nothing is read in advance.
 
     Args:
         model: the model; every rank of its replica makes the same call.
@@ -39,6 +40,10 @@ def shared_prefill(
     Yields:
         The prompt's number, the context after its first tokens, and the tokens that are left, at least one.
     """
+    if model.empty_context(1).prompts is not None:
+        for number, tokens in enumerate(prompts):
+            yield number, model.empty_context(1, reserve=len(tokens) + reserve), tokens
+        return
     order = sorted(range(len(prompts)), key=lambda number: prompts[number])
     common = [common_prefix(prompts[a], prompts[b]) for a, b in pairwise(order)]
     kept: list[DecoderContext] = []  # of growing length, all of them beginnings of the next prompt

@@ -33,6 +33,8 @@ def prefill(
 ) -> DecoderContext:
     """Read `tokens` without asking for logits, `chunk` of them at a time; returns the context after the last.
 
+    All of them are one prompt, unless they belong to one that was announced (`DecoderContext.announce`).
+
     Args:
         model: the model.
         tokens: ids, any number of them.
@@ -47,6 +49,8 @@ def prefill(
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     if context is None:
         context = model.empty_context(1, reserve=len(tokens) if reserve is None else reserve)
+    if not context.is_announced:
+        context = context.announce(len(tokens))
     for start in range(0, len(tokens), chunk):
         context = model.absorb(_row(model, tokens[start : start + chunk]), context)
     return context
@@ -143,6 +147,7 @@ def _steps(
 ) -> Iterator[tuple[int, DecoderContext]]:
     """Each new token with the context that it was chosen from."""
     seen = [*history, *tokens] if sampler.needs_history else None
+    context = context.announce(len(tokens))
     context = prefill(model, tokens[:-1], chunk=chunk, context=context)
     token = tokens[-1]
     for _ in range(max_new_tokens):
@@ -192,6 +197,7 @@ def generate_batch(
         raise ValueError(f"max_new_tokens {max_new_tokens} and prefill_chunk {prefill_chunk} must be at least 1")
     tokens, padding = pad_left(model, prompts)
     context = model.empty_context(len(prompts), padding=padding, reserve=tokens.shape[1] + min(max(limits), ROOM))
+    context = context.announce(tokens.shape[1])
     for start in range(0, tokens.shape[1] - 1, prefill_chunk):
         context = model.absorb(tokens[:, start : min(start + prefill_chunk, tokens.shape[1] - 1)], context)
     sampler = Sampler(agreed(model, sampling), vocab_size)

@@ -15,6 +15,7 @@ from megayoco.generate.finding import read_model
 from megayoco.model.bands import Stage
 from megayoco.model.decoder import Decoder, build_decoder
 from megayoco.model.inference import InferenceModel, MemoryOptions
+from megayoco.model.window_options import WindowOptions
 from megayoco.ops.key_value_cache import STORAGES
 from megayoco.parallel.shards import mark, name_of, shard_of
 
@@ -33,6 +34,7 @@ def load_model(
     topology: Topology | None = None,
     storage: str | None = None,
     memory: MemoryOptions | None = None,
+    windows: WindowOptions | None = None,
 ) -> tuple[InferenceModel, Tokenizer]:
     """The model of a run, an export or a folder of another format, for inference.
 
@@ -43,12 +45,16 @@ def load_model(
         topology: this rank's place; None: the whole model in this process.
         storage: `int8` or `fp8` to keep growing keys and values so; None: in `dtype`.
         memory: of the layers with memory attention.
+        windows: how memory layers read a long text; None: in windows as in training, and they remember everything.
+            `WindowOptions().resolved(model)` is what the command line takes.
 
     Raises:
-        UserError: there is no model, or it has no tokenizer.
+        UserError: there is no model, or it has no tokenizer, or cannot use its memory so.
     """
     weights, tokenizer = read_model(path)
-    model = load_weights(weights, dtype=dtype, device=device, topology=topology, storage=storage, memory=memory)
+    model = load_weights(
+        weights, dtype=dtype, device=device, topology=topology, storage=storage, memory=memory, windows=windows
+    )
     return model, tokenizer
 
 
@@ -60,13 +66,15 @@ def load_weights(
     topology: Topology | None = None,
     storage: str | None = None,
     memory: MemoryOptions | None = None,
+    windows: WindowOptions | None = None,
 ) -> InferenceModel:
     """The same from weights that have been found already. Each tensor is read by itself, straight to `device`."""
     device = torch.device("cpu") if device is None else device
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     narrow = None if storage is None else STORAGES[storage]
+    windows = (windows or WindowOptions()).checked(weights.model)
     if topology is None or topology.pipeline == 1:
-        return InferenceModel.of(load_decoder(weights, dtype, device, topology), topology, narrow, memory)
+        return InferenceModel.of(load_decoder(weights, dtype, device, topology), topology, narrow, memory, windows)
     from megayoco.model.pipeline import split_stages  # late: it brings DeepSpeed's pipeline along
 
     length = weights.facts.get("sequence_length") or STAGES_FOR
@@ -74,7 +82,9 @@ def load_weights(
     first, end = borders[topology.pipeline_rank : topology.pipeline_rank + 2]
     stage = _part(_on_meta(weights, dtype, topology), first, end)
     _fill(stage.modules(), weights, dtype, device)
-    return InferenceModel(stage, weights.model, topology=topology, begins=first, storage=narrow, memory=memory)
+    return InferenceModel(
+        stage, weights.model, topology=topology, begins=first, storage=narrow, memory=memory, windows=windows
+    )
 
 
 def load_decoder(

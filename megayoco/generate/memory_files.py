@@ -169,6 +169,7 @@ def _about(model: InferenceModel) -> dict[str, Any]:
         "weights": _weights(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "storage": next((name for name, dtype in STORAGES.items() if dtype == model.storage), "model"),
+        "windows": _windows(model),
         "layout": [0, 1, 0, 1] if at is None else [at.tensor_rank, at.tensor, at.pipeline_rank, at.pipeline],
     }
 
@@ -177,6 +178,16 @@ def _config(config: ModelConfig) -> dict[str, Any]:
     """The shape of a model; where it was taken from does not matter."""
     fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in fields.items() if name not in ("preset", "init_from")}
+
+
+def _windows(model: InferenceModel) -> str | None:
+    """The flags that say which tokens a context of memory layers holds; None: there are no memory layers."""
+    if model.config.memory_window is None:
+        return None
+    given = {"--memory-eviction": model.config.memory_window, **model.windows.given()}
+    if "--last-context" in given:
+        del given["--memory-eviction"]
+    return " ".join(f"{flag} {value}" for flag, value in given.items())
 
 
 def _weights(model: InferenceModel) -> str:
@@ -210,6 +221,9 @@ def _compare(file: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> N
             raise UserError(
                 f"{file} was saved with {flag} {first}, here it is {second}. Give the same, or save it again."
             )
+    if "windows" in differing:
+        first, second = differing["windows"]
+        raise UserError(f"{file} was saved with {first}, here it is {second}. Give the same, or save it again.")
     if "weights" in differing:
         raise UserError(f"{file} is the memory of a model with other weights. Give --model that one, or save it again.")
 
@@ -224,7 +238,9 @@ def _entries(context: DecoderContext, tokens: Sequence[int]) -> tuple[dict[str, 
     for name, value in context._asdict().items():
         if isinstance(value, Tensor):
             entries[f"context.{name}"] = tensor_entry(value)
-        elif name != "layers":
+        elif name == "prompts" and context.prompts is not None:
+            told["window_begin"] = context.prompts.begin
+        elif name not in ("layers", "prompts"):
             told[name] = value
     for number, layer in enumerate(context.layers):
         if isinstance(layer, KeyValueCache):
@@ -276,8 +292,11 @@ def _read_about(stored: CheckedFile) -> dict[str, Any]:
 
 
 def _context(stored: CheckedFile, told: dict[str, Any], model: InferenceModel, mapped: bool) -> SavedMemory:
-    rows, kinds = told.pop("rows"), told.pop("layers")
-    templates = model.empty_context(rows).layers
+    rows, kinds, begin = told.pop("rows"), told.pop("layers"), told.pop("window_begin", None)
+    empty = model.empty_context(rows)
+    templates, prompts = empty.layers, empty.prompts
+    if prompts is not None:
+        prompts = prompts._replace(begin=begin)
     if kinds != [type(template).__name__ for template in templates]:
         raise UserError(f"{stored.path} holds layers of another kind than this release has. Save it again.")
     layers = [_layer(stored, number, template, mapped) for number, template in enumerate(templates)]
@@ -286,7 +305,7 @@ def _context(stored: CheckedFile, told: dict[str, Any], model: InferenceModel, m
         for name in stored.names()
         if name.startswith("context.")
     }
-    fields: dict[str, Any] = {**told, **tensors, "layers": tuple(layers)}
+    fields: dict[str, Any] = {**told, **tensors, "layers": tuple(layers), "prompts": prompts}
     return SavedMemory(DecoderContext(**fields), tuple(stored["tokens"].tolist()))
 
 

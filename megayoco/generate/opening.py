@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megayoco.data.tokenizer import Tokenizer
 from megayoco.errors import UserError
 from megayoco.generate.finding import read_model
+from megayoco.model.window_options import WindowOptions
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,14 @@ class Placement:
     """Folder of the files that the memory is kept in; None: in memory."""
     memory_device: str | None = None
     """cpu: the memory of a model on a GPU; None: beside the model."""
+    windows: WindowOptions = field(default_factory=WindowOptions)
+    """How memory layers cut a text into windows, and how much they remember."""
+    default_eviction: bool = False
+    """Whether tokens leave a window as is best for generation where `windows` does not say; else as in training."""
+
+    def windows_for(self, model: ModelConfig) -> WindowOptions:
+        """What memory layers of this model do. Raises UserError for what the model cannot do."""
+        return self.windows.resolved(model) if self.default_eviction else self.windows.checked(model)
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
         layout = _layout(placement, launch.world_size)
         layout.validate(weights.model, launch.world_size)
         memory = memory_options(placement, weights.model, device)
+        windows = placement.windows_for(weights.model)
     from megayoco.generate.loading import load_weights
     from megayoco.parallel.topology import build_topology
 
@@ -102,6 +112,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
             topology=topology,
             storage=placement.storage,
             memory=memory,
+            windows=windows,
         )
     return Opened(model, tokenizer, weights.facts, launch.rank, weights)
 
@@ -115,6 +126,7 @@ def _open_alone(path: str | os.PathLike[str], placement: Placement, launch: Laun
     device = choose_device(placement.device)
     weights, tokenizer = read_model(path)
     memory = memory_options(placement, weights.model, device)
+    windows = placement.windows_for(weights.model)
     # slow: the layers bring megatron-core along. This package first, which keeps it quiet.
     import torch
 
@@ -125,7 +137,7 @@ def _open_alone(path: str | os.PathLike[str], placement: Placement, launch: Laun
     torch.set_num_threads(thread_count(launch, os.environ))
 
     dtype = _dtype(placement.dtype, device)
-    model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage, memory=memory)
+    model = load_weights(weights, dtype=dtype, device=device, storage=placement.storage, memory=memory, windows=windows)
     return Opened(model, tokenizer, weights.facts, 0, weights)
 
 

@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megayoco.errors import UserError
 
 if TYPE_CHECKING:
     from megayoco.generate.opening import Placement
     from megayoco.generate.sampling import Sampling
+    from megayoco.model.window_options import WindowOptions
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
 _COUNTS = ("max_new_tokens", "prefill_chunk", "tensor", "pipeline", "memory_top_k")
@@ -45,6 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         from megayoco.generate.chat_format import check_format
 
         check_format(options.chat_format)
+    window_options(options)
     _check_memory(options)
     if options.max_new_tokens is None:
         options.max_new_tokens = 512 if options.chat else 64
@@ -134,8 +136,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory-search", choices=("exact", "faiss-flat", "faiss-hnsw"), help="how these are found: exact")
     add("--memory-directory", metavar="DIR", help="keep the keys and values of memory layers in files there")
     add("--memory-device", choices=("cpu",), help="keep them in the memory of the CPU, the model on a GPU")
+    add_window_flags(memory, "half of the window unless told")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     return parser
+
+
+def add_window_flags(group: Any, default: str) -> None:
+    """How memory layers cut a long text into windows, and how much they remember, as flags of an argument group.
+
+    default: the eviction unless told, in words.
+    """
+
+    def add(flag: str, text: str) -> None:
+        group.add_argument(flag, type=int, metavar="TOKENS", help=text)
+
+    add("--memory-eviction", f"oldest tokens that leave a full window of a model with memory layers: {default}")
+    add("--last-context", "in place of it, windows as in LongLLaMA's code: a prompt's last TOKENS are the last one")
+    add("--memory-capacity", "memory layers remember the latest so many in front of the window: all unless told")
+
+
+def window_options(options: argparse.Namespace) -> WindowOptions:
+    """What the memory flags say. Raises UserError for values that cannot be with any model."""
+    from megayoco.model.window_options import WindowOptions
+
+    return WindowOptions(
+        evicted=options.memory_eviction, last_context=options.last_context, capacity=options.memory_capacity
+    )
 
 
 def sampling(options: argparse.Namespace) -> Sampling:
@@ -163,6 +189,8 @@ def placement(options: argparse.Namespace) -> Placement:
         tensor=options.tensor,
         pipeline=options.pipeline or 1,
         storage=None if options.kv_dtype == "model" else options.kv_dtype,
+        windows=window_options(options),
+        default_eviction=True,
         memory_top_k=options.memory_top_k,
         memory_search=options.memory_search,
         memory_directory=options.memory_directory,

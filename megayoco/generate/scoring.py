@@ -50,6 +50,7 @@ def score(
     count = ids.shape[1] - 1
     if context is None:
         context = model.empty_context(1, reserve=count)
+    context = context.announce(count)
     losses, greedy = [], []
     for start in range(0, count, chunk):
         end = min(start + chunk, count)
@@ -83,6 +84,7 @@ def score_continuations(
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     wanted = max(len(after) for _, after in requests)
     context = model.empty_context(len(requests), padding=padding, reserve=inputs.shape[1])
+    context = context.announce(inputs.shape[1])
     first = inputs.shape[1] - wanted
     for start in range(0, first, chunk):
         context = model.absorb(inputs[:, start : min(start + chunk, first)], context)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megayoco.ops.key_values import KeyValues as KeyValues  # the context of attention
 from megayoco.ops.rotary import apply_rotary, rotary_frequencies, rotary_table
+from megayoco.ops.windows import WindowRule
 
 Made = TypeVar("Made")
 
@@ -29,14 +30,22 @@ class Positions:
         start: (B, T) int64, global index of the first token of each token's document. None: no borders, everything to
             the left is visible.
         consecutive: whether the indices follow one another without gaps, which every mixer but cross attention needs.
+        windows: where the windows of memory attention begin. None: as in training.
     """
 
-    def __init__(self, index: Tensor, start: Tensor | None = None, consecutive: bool = True) -> None:
+    def __init__(
+        self,
+        index: Tensor,
+        start: Tensor | None = None,
+        consecutive: bool = True,
+        windows: WindowRule | None = None,
+    ) -> None:
         if start is not None and start.shape[-1] != index.shape[-1]:
             raise ValueError(f"document starts {tuple(start.shape)} do not match positions {tuple(index.shape)}")
         self.index = index
         self.start = start
         self.consecutive = consecutive
+        self.windows = windows
         self._made: dict[Any, Any] = {}
 
     @staticmethod

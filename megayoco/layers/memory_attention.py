@@ -2,11 +2,12 @@
 
 Shapes: B batch, T tokens of the chunk, S tokens so far (the chunk's included), D model dim, H query heads, G key-value
         heads, K head dim, W window; h and g count the heads of one tensor rank.
-Windows: index // W, counted from a row's first token. A query sees the tokens of its window up to itself, keys rotated
-        by their places in the window, and with a memory all tokens of earlier windows, keys not rotated; the query is
-        rotated by its place in the window for both.
-Left context: KeyValues, both (B, S - T, g, K), keys *not* rotated. With a memory of all tokens so far, which inference
-        keeps in a KeyValueCache; without, of those of the window that the chunk begins in.
+Windows: index // W in training, counted from a row's first token; in inference what `Positions.windows` says. A query
+        sees the tokens of its window up to itself, keys rotated by their places in the window, and with a memory all
+        tokens (or the last so many) in front of the window, keys not rotated; the query is rotated by its place in the
+        window for both.
+Left context: KeyValues, both (B, S - T, g, K), keys *not* rotated. With a memory of all tokens so far (or the last so
+        many), which inference keeps in a KeyValueCache; without, of those of the window that the chunk begins in.
 Sequence axis: chunks are whole windows. Attention inside windows then asks nobody for anything; with a memory the keys
         and values of all ranks are gathered.
 Source: Focused Transformer, arXiv 2307.03170, and the released code of LongLLaMA.
@@ -14,7 +15,7 @@ Source: Focused Transformer, arXiv 2307.03170, and the released code of LongLLaM
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,11 @@ from megayoco.ops.memory_attention import (
     Segment,
     cross_batch_segments,
     memory_attention,
-    memory_attention_over_cache,
+    memory_attention_over_context,
     window_segments,
     windows_before,
 )
+from megayoco.ops.windows import Eviction, Windows
 from megayoco.parallel.collectives import sum_gradient
 
 
@@ -84,35 +86,47 @@ class MemoryAttention(nn.Module):
             return attend_documents(self, x, positions, left)
         positions.once("begins with padding at most", lambda: _check(positions))
         x = sum_gradient(x, self.group)
-        places = positions.once(("places", self.memory_window), lambda: Positions(positions.index % self.memory_window))
-        q_BThK = self.rotary(self.q_proj(x), places)
+        q_BTD = self.q_proj(x)
         k_BTgK, v_BTgK = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         own = KeyValues(k_BTgK, v_BTgK)
         if self.cross_batch is not None and self.training and isinstance(left, KeyValues):
-            y_BThK = self._across_batch(q_BThK, own, places, positions, left, self.cross_batch)
+            y_BThK = self._across_batch(q_BTD, own, positions, left, self.cross_batch)
             return self.out_proj(y_BThK.flatten(2)), own
         seen = self._seen(left, own)
-        y_BThK = self._attend(q_BThK, seen, positions)
-        right = seen
-        if not self.remembers and isinstance(seen, KeyValues):
-            right = seen.last(
-                positions.once(("open", self.memory_window), lambda: _open(positions, self.memory_window))
-            )
+        windows = self._windows(positions)
+        y_BThK = self._attend(q_BTD, seen, positions, windows)
+        right: KeyValues | KeyValueCache = seen
+        if not self.remembers or windows.capacity is not None:
+            right = seen.last(windows.needed(self.remembers))
         return self.out_proj(y_BThK.flatten(2)), right
 
-    def _attend(self, q_BThK: Tensor, seen: KeyValues | KeyValueCache, positions: Positions) -> Tensor:
-        T, W, scale = q_BThK.shape[1], self.memory_window, self.head_dim**-0.5
+    def _windows(self, positions: Positions) -> Windows:
+        """Of the chunk: those of its positions, or the grid."""
+        W, T = self.memory_window, positions.index.shape[-1]
+
+        def make() -> Windows:
+            rule = positions.windows or Eviction(window=W, evicted=W)
+            firsts: Any = positions.index[..., 0].tolist()
+            return rule.windows([firsts] if isinstance(firsts, int) else firsts, T)
+
+        return positions.once(("windows", W), make)
+
+    def _attend(self, q_BTD: Tensor, seen: KeyValues | KeyValueCache, positions: Positions, windows: Windows) -> Tensor:
+        T, W, scale = q_BTD.shape[1], self.memory_window, self.head_dim**-0.5
         S = seen.tokens if isinstance(seen, KeyValueCache) else seen.key.shape[1]
-        segments = positions.once(
-            ("segments", W, self.remembers, S), lambda: _segments(positions, T, S, W, self.remembers)
-        )
+        segments = positions.once(("segments", W, self.remembers, S), lambda: _segments(windows, T, S, self.remembers))
         first = min(segment.local.start for segment in segments)
-        places = positions.once(("key places", W, S, first), lambda: _key_places(positions, T, S, W, first))
-        if isinstance(seen, KeyValueCache):
-            rotated = self.rotary(seen.part(first, S).key.flatten(2), places)
-            return memory_attention_over_cache(q_BThK, rotated, seen, segments, scale)
-        rotated = self.rotary(seen.key[:, first:].flatten(2), places)
-        return memory_attention(q_BThK, rotated, seen.key if self.remembers else None, seen.value, segments, scale)
+        places = positions.once(("places", W, S - first), lambda: _Places.of(windows, T, S - first, positions))
+        local_BThK = self.rotary(q_BTD, places.local)
+        if isinstance(seen, KeyValues) and positions.windows is None:
+            rotated = self.rotary(seen.key[:, first:].flatten(2), places.keys)
+            key = seen.key if self.remembers else None
+            return memory_attention(local_BThK, rotated, key, seen.value, segments, scale)
+        key = seen.key[:, first:] if isinstance(seen, KeyValues) else seen.part(first, S).key
+        rotated = self.rotary(key.flatten(2), places.keys)
+        twice = self.remembers and places.queries is not places.local
+        q_BThK = self.rotary(q_BTD, places.queries) if twice else local_BThK
+        return memory_attention_over_context(q_BThK, local_BThK, rotated, seen, segments, scale)
 
     def _seen(self, left: KeyValues | KeyValueCache, own: KeyValues) -> KeyValues | KeyValueCache:
         """What the chunk may attend to, its own keys and values last."""
@@ -124,18 +138,19 @@ class MemoryAttention(nn.Module):
 
     def _across_batch(
         self,
-        q_BThK: Tensor,
+        q_BTD: Tensor,
         own: KeyValues,
-        places: Positions,
         positions: Positions,
         left: KeyValues,
         cross_batch: CrossBatchConfig,
     ) -> Tensor:
         """Cross-batch training: the sequences of the micro-batch as one, laid end to end; with negatives of the
         neighbouring replica behind its last windows."""
-        (B, T), W, axis = q_BThK.shape[:2], self.memory_window, self.sequence
+        (B, T), W, axis = q_BTD.shape[:2], self.memory_window, self.sequence
         rank, ranks = (0, 1) if axis is None else (axis.rank, axis.ranks)
         positions.once(("whole", left.key.shape[1]), lambda: _check_whole(positions, left, rank * T))
+        places = positions.once(("grid", W), lambda: Positions(positions.index % W))
+        q_BThK = self.rotary(q_BTD, places)
         rotated = self.rotary(own.key.flatten(2), places)
         memory = _end_to_end(own if axis is None else axis.gather(own))
         before = 0
@@ -174,28 +189,52 @@ def _check(positions: Positions) -> bool:
     return True
 
 
-def _segments(positions: Positions, queries: int, keys: int, window: int, remembers: bool) -> list[Segment]:
-    """Of all rows; neighbours that begin at the same index share theirs."""
-    firsts: Any = positions.once("firsts", lambda: positions.index[..., 0].tolist())
-    if isinstance(firsts, int):
-        return window_segments(firsts, queries, keys, window, remembers=remembers)
-    segments, row = [], 0
-    while row < len(firsts):
+def _segments(windows: Windows, queries: int, keys: int, remembers: bool) -> list[Segment]:
+    """Of all rows; neighbours with the same windows share theirs."""
+    if len(windows.rows) == 1:
+        return window_segments(windows, 0, queries, keys, remembers=remembers)
+    segments, row, rows = [], 0, windows.rows
+    while row < len(rows):
         end = row + 1
-        while end < len(firsts) and firsts[end] == firsts[row]:
+        while end < len(rows) and rows[end] == rows[row]:
             end += 1
-        batch = slice(row, end)
-        segments += window_segments(firsts[row], queries, keys, window, remembers=remembers, batch=batch)
+        segments += window_segments(windows, row, queries, keys, remembers=remembers, batch=slice(row, end))
         row = end
     return segments
 
 
-def _key_places(positions: Positions, queries: int, keys: int, window: int, first: int) -> Positions:
-    """Places in their windows of the keys number first .. keys - 1, the last of which are the chunk's own."""
-    number = torch.arange(first, keys, device=positions.index.device)
-    return Positions((positions.index[..., :1] - (keys - queries) + number) % window)
+class _Places(NamedTuple):
+    """What queries and local keys are rotated by."""
 
+    queries: Positions
+    """The places in their windows."""
+    local: Positions
+    """The same for local keys; another origin where windows overlap."""
+    keys: Positions
 
-def _open(positions: Positions, window: int) -> int:
-    """Tokens of the window that the next token falls into, the most of all rows."""
-    return int(((positions.index[..., -1] + 1).clamp(min=0) % window).max())
+    @staticmethod
+    def of(windows: Windows, queries: int, keys: int, positions: Positions) -> _Places:
+        """Those of the chunk's queries and of the last `keys` keys, which end with its own."""
+        own, local, key_places = [], [], []
+        for spans in windows.rows:
+            first, origin = spans[0].start, spans[0].begin
+            index = torch.arange(first - (keys - queries), first + queries)
+            lengths = torch.tensor([span.stop - span.start for span in spans])
+            begins = torch.tensor([span.begin for span in spans]).repeat_interleave(lengths)
+            places = index[-queries:] - begins
+            own.append(places)
+            if windows.overlap:
+                local.append(index[-queries:] - origin)
+                key_places.append(index - origin)
+            else:
+                key_places.append(torch.cat([index[: keys - queries] - origin, places]))
+        # of two angles only the difference counts, which must not depend on where the chunk begins
+        dtype = torch.float64 if windows.overlap else torch.int64
+
+        def made(rows: list[Tensor]) -> Positions:
+            shape = (len(rows), -1) if positions.index.dim() == 2 else (-1,)
+            return Positions(torch.stack(rows).view(shape).to(positions.index.device, dtype))
+
+        found = made(own)
+        several = windows.overlap and any(len(spans) > 1 for spans in windows.rows)
+        return _Places(found, made(local) if several else found, made(key_places))

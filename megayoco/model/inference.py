@@ -25,9 +25,11 @@ from torch import Tensor
 from megayoco.config import ModelConfig
 from megayoco.layers.context import KeyValues, Positions
 from megayoco.model.bands import Stage
+from megayoco.model.window_options import WindowOptions
 from megayoco.ops.key_value_cache import KeyValueCache
 from megayoco.ops.key_value_storage import Place
 from megayoco.ops.memory_search import Search
+from megayoco.ops.windows import PromptWindows, WindowRule
 
 if TYPE_CHECKING:
     from megayoco.model.decoder import Decoder
@@ -44,6 +46,20 @@ class DecoderContext(NamedTuple):
     """One context per layer of this rank with a memory of its own, in stack order; the shared keys and values last."""
     padding: Tensor | None = None
     """(B,) int64: how many tokens at the start of each row are padding. None: none."""
+    prompts: PromptWindows | None = None
+    """Of models whose windows depend on how long a prompt is; None: of all others."""
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether the next tokens belong to a prompt that was announced."""
+        return self.prompts is not None and self.prompts.waiting > 0
+
+    def announce(self, count: int) -> DecoderContext:
+        """The same, knowing that the next `count` tokens are one prompt, whatever chunks they come in; tokens that
+        nobody announced are a prompt of their own in each call. Raises ValueError while announced ones are missing."""
+        if self.prompts is None or count == 0:
+            return self
+        return self._replace(prompts=self.prompts.announce(self.length, count))
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,8 @@ class InferenceModel:
         begins: number of the first of the stage's blocks in [embedding, layer pattern ..., head].
         storage: narrow dtype to keep growing keys and values in (`key_value_cache.STORAGES`); None: the model's.
         memory: of the layers with memory attention.
+        windows: how they and the layers beside them cut a text into windows, and how much they remember; None: windows
+            as in training, and everything.
 
     Raises:
         ValueError: the mixers are built for a sequence axis of several ranks.
@@ -81,12 +99,14 @@ class InferenceModel:
         begins: int = 0,
         storage: torch.dtype | None = None,
         memory: MemoryOptions | None = None,
+        windows: WindowOptions | None = None,
     ) -> None:
         if any(getattr(layer.mixer, "sequence", None) is not None for layer in stage.self_layers):
             raise ValueError("inference shares no sequence over ranks: detach the sequence axis first")
         self.stage, self.config, self.topology = stage, config, topology
         self.storage = storage
-        self.memory = memory or MemoryOptions()
+        self.memory, self.windows = memory or MemoryOptions(), windows or WindowOptions()
+        self._rule: WindowRule | None = self.windows.eviction(config)
         weight = stage.parameters()[0]
         self.device, self.dtype = weight.device, weight.dtype
         pattern = config.layer_pattern()
@@ -103,11 +123,18 @@ class InferenceModel:
         topology: Topology | None = None,
         storage: torch.dtype | None = None,
         memory: MemoryOptions | None = None,
+        windows: WindowOptions | None = None,
     ) -> InferenceModel:
         """Over the blocks that this rank has of a model."""
         begins = module.first_block
         return InferenceModel(
-            module.stage(), module.config, topology=topology, begins=begins, storage=storage, memory=memory
+            module.stage(),
+            module.config,
+            topology=topology,
+            begins=begins,
+            storage=storage,
+            memory=memory,
+            windows=windows,
         )
 
     @property
@@ -146,7 +173,7 @@ class InferenceModel:
             if len(padding) != batch_size:
                 raise ValueError(f"padding of {len(padding)} rows for a batch of {batch_size}")
             pads = torch.tensor(list(padding), dtype=torch.int64, device=self.device)
-        return DecoderContext(0, tuple(layers), pads)
+        return DecoderContext(0, tuple(layers), pads, self.windows.prompts(self.config))
 
     @torch.inference_mode()
     def absorb(self, tokens: Tensor, context: DecoderContext) -> DecoderContext:
@@ -209,7 +236,7 @@ class InferenceModel:
             raise ValueError(f"a context of {len(context.layers)} layers is not one of this model")
         if not 0 <= rows <= T or T == 0:
             raise ValueError(f"{rows} wanted positions of a chunk of {T} tokens")
-        positions = self._positions(context, T)
+        positions, prompts = self._positions(context, T)
         x, own = self._receive(tokens, rows)
         rights = []
         for layer, left in zip(stage.self_layers, context.layers, strict=False):
@@ -228,14 +255,19 @@ class InferenceModel:
             for layer in stage.cross_layers:
                 x, _ = layer(x, wanted, shared)
         self._send(x, own, rows)
-        return x, DecoderContext(context.length + T, tuple(rights), context.padding)
+        return x, DecoderContext(context.length + T, tuple(rights), context.padding, prompts)
 
-    def _positions(self, context: DecoderContext, length: int) -> Positions:
+    def _positions(self, context: DecoderContext, length: int) -> tuple[Positions, PromptWindows | None]:
+        """Those of the chunk, and what windows depend on behind it."""
+        windows, prompts = self._rule, context.prompts
+        if prompts is not None:
+            windows, prompts = prompts.take(context.length, length)
+        index = torch.arange(context.length, context.length + length, device=self.device)
         if context.padding is None:
-            return Positions.of_chunk(context.length, length, self.device)
-        index = torch.arange(context.length, context.length + length, device=self.device) - context.padding[:, None]
+            return Positions(index, windows=windows), prompts
+        index = index - context.padding[:, None]
         # padding is a document of its own in front of the row's
-        return Positions(index, torch.where(index < 0, -context.padding[:, None], 0))
+        return Positions(index, torch.where(index < 0, -context.padding[:, None], 0), windows=windows), prompts
 
     @property
     def _wanted_from(self) -> int:
@@ -256,7 +288,9 @@ class InferenceModel:
         if not isinstance(empty, KeyValues) or getattr(owner, "window", None) is not None:
             return empty
         _, _, heads, head_dim = empty.key.shape
-        memory = self.memory if getattr(owner, "remembers", False) else MemoryOptions()
+        memory = MemoryOptions()
+        if getattr(owner, "remembers", False):
+            memory, reserve = self.memory, self.windows.room(self.config, reserve)
         return self._cache(batch_size, heads, head_dim, reserve, memory)
 
     def _shared_cache(self, batch_size: int, reserve: int) -> KeyValueCache:

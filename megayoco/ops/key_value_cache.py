@@ -3,7 +3,8 @@
 Shapes: B batch, T tokens of the chunk, S tokens so far (the chunk's included), H query heads, g key-value heads of this
         tensor rank, K head dim.
 Memory: room for the tokens announced by `reserve`, then twice what is needed whenever the room is full, so appending
-        costs O(1) copies per token; never the longest length that a model could read.
+        costs O(1) copies per token; never the longest length that a model could read. Tokens that `last` has dropped
+        give their room back when the others are copied next: about half of the room at most is theirs.
 """
 
 from __future__ import annotations
@@ -55,10 +56,13 @@ class KeyValueCache:
     were loaded (`over`) are never copied: all continuations share them.
     """
 
-    def __init__(self, buffer: Buffer, tokens: int, settings: _Settings, base: Buffer | None = None) -> None:
+    def __init__(
+        self, buffer: Buffer, tokens: int, settings: _Settings, base: Buffer | None = None, dropped: int = 0
+    ) -> None:
         self._base = base
         self._begin = 0 if base is None else base.filled
         self._buffer = buffer
+        self._dropped = dropped  # places in front of the tokens, in the base first
         self._settings = settings
         self.tokens = tokens
 
@@ -144,8 +148,7 @@ class KeyValueCache:
     @property
     def is_one_view(self) -> bool:
         """Whether all keys are one tensor on the device of the queries, in their dtype."""
-        single = self._base is None or self.tokens == self._begin
-        return single and not self._in_blocks
+        return len(self.spans(0, self.tokens)) == 1 and not self._in_blocks
 
     @property
     def bytes(self) -> int:
@@ -187,9 +190,11 @@ class KeyValueCache:
     def gather(self, numbers: Tensor, batch: slice = slice(None)) -> KeyValues:
         """The tokens (B', g, n) int64 of the rows `batch`, both (B', g, n, K) in the compute dtype on the queries'
         device. A copy, of these alone."""
-        numbers = numbers.to(self._buffer.key.device)
-        if self._base is None or self.tokens == self._begin:
-            found = (self._base or self._buffer).gather(numbers, batch, self.dtype)
+        numbers = numbers.to(self._buffer.key.device) + self._dropped
+        if self._base is None:
+            found = self._buffer.gather(numbers, batch, self.dtype)
+        elif self._dropped + self.tokens == self._begin:
+            found = self._base.gather(numbers, batch, self.dtype)
         else:
             old = self._base.gather(numbers.clamp(max=self._begin - 1), batch, self.dtype)
             new = self._buffer.gather((numbers - self._begin).clamp(min=0), batch, self.dtype)
@@ -201,27 +206,46 @@ class KeyValueCache:
         """Where the tokens number start .. end - 1 lie, in their order: (buffer, its tokens first .. last - 1, what has
         to be added to their numbers there)."""
         found: list[tuple[Buffer, int, int, int]] = []
-        if self._base is not None and start < self._begin:
-            found.append((self._base, start, min(end, self._begin), 0))
-        if end > self._begin or not found:
-            found.append((self._buffer, max(start - self._begin, 0), max(end - self._begin, 0), self._begin))
+        begin, dropped = self._begin, self._dropped
+        start, end = start + dropped, end + dropped
+        if self._base is not None and start < begin:
+            found.append((self._base, start, min(end, begin), -dropped))
+        if end > begin or not found:
+            found.append((self._buffer, max(start - begin, 0), max(end - begin, 0), begin - dropped))
         return found
 
     def combine(self, right: KeyValues) -> KeyValueCache:
         """These tokens, then `right`'s, both (B, T, g, K)."""
-        own, count = self.tokens - self._begin, right.key.shape[1]
-        buffer = self._buffer
-        if buffer.filled != own or buffer.capacity < own + count:
-            buffer = buffer.copy(own, self._capacity(own, own + count), self.place)
-        buffer.write(own, right.key, right.value)
-        return KeyValueCache(buffer, self.tokens + count, self._settings, self._base)
+        own, count = self._own, right.key.shape[1]
+        if self._buffer.filled != own or self._buffer.capacity < own + count:
+            return self._moved(count).combine(right)
+        self._buffer.write(own, right.key, right.value)
+        return KeyValueCache(self._buffer, self.tokens + count, self._settings, self._base, self._dropped)
 
-    def _capacity(self, own: int, needed: int) -> int:
-        """Room of a buffer that takes over from this cache's, of whose tokens it holds `own`."""
+    def last(self, count: int) -> KeyValueCache:
+        """The last `count` tokens, or all where there are fewer; nothing is copied."""
+        tokens = min(self.tokens, count)
+        dropped = self._dropped + self.tokens - tokens
+        if dropped >= self._begin:
+            return KeyValueCache(self._buffer, tokens, self._settings, None, dropped - self._begin)
+        return KeyValueCache(self._buffer, tokens, self._settings, self._base, dropped)
+
+    @property
+    def _own(self) -> int:
+        """Places of the buffer up to the last token."""
+        return self._dropped + self.tokens - self._begin
+
+    def _moved(self, count: int) -> KeyValueCache:
+        """The same in a buffer of its own, with room for `count` more tokens; what was dropped stays behind."""
+        gone = self._dropped if self._base is None else 0
+        needed = self._own - gone + count
         capacity, reserve = self._buffer.capacity, self._settings.reserve
-        if needed > capacity:
-            capacity = max(2 * needed if own else needed, reserve if needed <= reserve else 0)
-        return -(-capacity // _ROUND) * _ROUND
+        if gone:
+            capacity = 2 * needed
+        elif needed > capacity:
+            capacity = max(2 * needed if self._own else needed, reserve if needed <= reserve else 0)
+        buffer = self._buffer.copy(self._own, -(-capacity // _ROUND) * _ROUND, self.place, gone)
+        return KeyValueCache(buffer, self.tokens, self._settings, self._base, self._dropped - gone)
 
     @property
     def _in_blocks(self) -> bool:

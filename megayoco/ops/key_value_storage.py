@@ -90,13 +90,13 @@ class Buffer:
             target[:, :, start:end] = x.to(target.dtype)
         self.filled = end
 
-    def copy(self, tokens: int, capacity: int, place: Place) -> Buffer:
-        """The first `tokens` tokens in a buffer of their own."""
+    def copy(self, end: int, capacity: int, place: Place, start: int = 0) -> Buffer:
+        """The tokens number start .. end - 1 in a buffer of their own."""
         B, g, _, K = self.key.shape
         made = Buffer.allocate((B, g, capacity, K), self.key.dtype, place)
         for target, source in zip(made.tensors(), self.tensors(), strict=True):
-            target[:, :, :tokens] = source[:, :, :tokens]
-        made.filled = tokens
+            target[:, :, : end - start] = source[:, :, start:end]
+        made.filled = end - start
         return made
 
     def keys(self, start: int, end: int, dtype: torch.dtype, batch: slice = slice(None)) -> Tensor:

@@ -1,20 +1,25 @@
 """Attention inside windows and over a memory of everything before them: one softmax over both.
 
-The windows are a fixed grid: a query sees the keys of its own window up to its own, rotated by their places in the
-window, and remembered keys without rotation, whatever their distance. So the scores are cut into segments: some queries
-of one window, the keys of that window that they may see, and the keys that they remember. Local and remembered part of
-a segment are merged by their log-sum-exp; the backward of each is given the merged output and log-sum-exp, which makes
-its gradients exact (attention_parts.py). Nothing is padded, masked or copied, the memory least of all.
+A query sees the keys of its own window up to its own, rotated by their places in the window, and remembered keys
+without rotation, whatever their distance. So the scores are cut into segments: some queries of one window, the keys of
+that window that they may see, and the keys that they remember. Local and remembered part of a segment are merged by
+their log-sum-exp; the backward of each is given the merged output and log-sum-exp, which makes its gradients exact
+(attention_parts.py). Nothing is padded, masked or copied, the memory least of all.
+
+In inference, windows may overlap (windows.py). Local keys then count their places from the first window of the chunk,
+and so do the queries for the local part: scores depend on the difference of two places only. Queries of several short
+windows share a segment, in which masks cut the edges.
 
 Shapes: B batch, T queries of the chunk, S keys so far (the chunk's last), L the last of them, which queries see as
-        local keys, H query heads, G key-value heads, K head dim, W window. Keys are counted from 0 to S - 1.
+        local keys, R queries of a segment, H query heads, G key-value heads, K head dim, W window. Keys are counted
+        from 0 to S - 1.
 Source: Focused Transformer (LongLLaMA), arXiv 2307.03170; cross-batch ranges as in its released code for training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,61 +30,18 @@ from megayoco.ops.attention_parts import Part, Rows, backward_by_parts, dense_he
 from megayoco.ops.attention_store import KEYS_PER_SLICE, KEYS_PER_SLICE_CUDA
 from megayoco.ops.backends import attention_backend
 from megayoco.ops.key_value_cache import KeyValueCache
+from megayoco.ops.key_values import KeyValues
 from megayoco.ops.memory_search import attention_over_nearest
-
-NOTHING = slice(0, 0)
+from megayoco.ops.memory_segments import NOTHING as NOTHING
+from megayoco.ops.memory_segments import Segment as Segment
+from megayoco.ops.memory_segments import local_edge, memory_edges, remembered_by_all, single_windows
+from megayoco.ops.memory_segments import window_segments as window_segments
 
 Remembered = Callable[[slice, slice], Iterable[tuple[Tensor, Tensor]]]
 """(batch entries, key numbers) -> keys and values (B', S', G, K) of these, piece by piece."""
 Nearest = Callable[[Tensor, slice, slice], tuple[Tensor, Tensor] | None]
 """(queries (B', R, H, K), batch entries, key numbers) -> attention over some of these keys and its log-sum-exp, both in
 fp32 or wider. None: all of them are to be read."""
-
-
-class Segment(NamedTuple):
-    """Queries of one window and the keys that they see."""
-
-    rows: slice
-    """Queries of the chunk."""
-    local: slice
-    """Keys of the window; its last ones are the queries' own, so the mask is causal and aligned bottom-right."""
-    memory: slice
-    """Keys that all of the queries remember."""
-    batch: slice = slice(None)
-
-
-def window_segments(
-    first: int, queries: int, keys: int, window: int, *, remembers: bool, batch: slice = slice(None)
-) -> list[Segment]:
-    """The segments of a chunk that sees the sequence before it.
-
-    Args:
-        first: index in the sequence of the chunk's first token; below 0 is padding, which sees padding only.
-        queries, keys: T and S.
-        window: W; windows begin at the indices 0, W, 2 W, ...
-        remembers: whether a query sees the windows before its own.
-        batch: the entries of the batch that this holds for.
-
-    Raises:
-        ValueError: keys that a query sees are not there.
-    """
-    end, origin = first + queries, keys - queries - first  # the number of the key at index 0
-    segments, index = [], first
-    if index < 0:
-        index = min(0, end)
-        segments.append(Segment(slice(0, index - first), slice(origin + first, origin + index), NOTHING, batch))
-    while index < end:
-        begin = index // window * window
-        stop = min(begin + window, end)
-        earliest = origin if remembers else origin + begin
-        if earliest < 0:
-            raise ValueError(f"the context of {keys - queries} tokens before index {first} lacks {-earliest} of them")
-        memory = slice(origin, origin + begin) if remembers and begin else NOTHING
-        segments.append(
-            Segment(slice(index - first, stop - first), slice(origin + begin, origin + stop), memory, batch)
-        )
-        index = stop
-    return segments
 
 
 def cross_batch_segments(
@@ -156,53 +118,92 @@ def memory_attention(
         result and the log-sum-exps.
 
     Raises:
-        ValueError: a segment remembers keys, and there are none.
+        ValueError: a segment remembers keys, and there are none; or it has steps, whose gradient nothing asks for.
     """
+    if any(segment.steps for segment in segments):
+        raise ValueError("windows that overlap are for inference: there is no gradient")
     if key is None and any(segment.memory != NOTHING for segment in segments):
         raise ValueError("segments remember keys, but no keys were given")
     backend = attention_backend(q, None)
     return _MemoryAttention.apply(q, rotated, key, value, list(segments), scale, backend)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def memory_attention_over_cache(
-    q: Tensor, rotated: Tensor, cache: KeyValueCache, segments: Sequence[Segment], scale: float
+def memory_attention_over_context(
+    q: Tensor,
+    q_local: Tensor,
+    rotated: Tensor,
+    context: KeyValueCache | KeyValues,
+    segments: Sequence[Segment],
+    scale: float,
 ) -> Tensor:
-    """The same over the tokens of a cache, its keys without rotation, and without gradient. The memory is read where it
-    lies, never copied; a narrow cache is widened in blocks. Of a memory with a search, the best keys of each query are
-    read (memory_search.py)."""
+    """The same over the tokens of a context, its keys without rotation, and without gradient. The memory is read where
+    it lies, never copied; a narrow cache is widened in blocks. Of a memory with a search, the best keys of each query
+    are read (memory_search.py).
+
+    Args:
+        q: (B, T, H, K), rotated by the places in the windows, for the memory.
+        q_local: the same, rotated by the places that `rotated` counts.
+        rotated: (B, L, G, K).
+        context: S tokens.
+        segments: every query in exactly one; steps are welcome.
+        scale: factor of the scores.
+    """
 
     def remembered(batch: slice, keys: slice) -> Iterable[tuple[Tensor, Tensor]]:
-        return ((key[batch], value[batch]) for key, value in cache.pieces(keys.start, keys.stop))
+        if isinstance(context, KeyValueCache):
+            return ((key[batch], value[batch]) for key, value in context.pieces(keys.start, keys.stop))
+        return [(context.key[batch, keys], context.value[batch, keys])] if keys != NOTHING else []
 
-    first = cache.tokens - rotated.shape[1]
-    value = cache.part(first, cache.tokens).value
+    if isinstance(context, KeyValueCache):
+        first = context.tokens - rotated.shape[1]
+        value = context.part(first, context.tokens).value
+    else:
+        first = context.key.shape[1] - rotated.shape[1]
+        value = context.value[:, first:]
     backend = attention_backend(q, None)
+    search = context.search if isinstance(context, KeyValueCache) else None
+    if search is not None:  # among keys that all queries of a segment remember
+        segments = [window for segment in segments for window in single_windows(segment)]
 
     def nearest(own: Tensor, batch: slice, keys: slice) -> tuple[Tensor, Tensor] | None:
-        if cache.search is None or keys.stop - keys.start <= cache.search.top_k:
+        if search is None or keys.stop - keys.start <= search.top_k:
             return None
-        return attention_over_nearest(own, cache, keys, scale, batch)
+        assert isinstance(context, KeyValueCache)
+        return attention_over_nearest(own, context, keys, scale, batch)
 
-    return _forward(q, rotated, value, first, remembered, segments, scale, backend, nearest)[0]
+    return _forward(q, q_local, rotated, value, first, remembered, segments, scale, backend, nearest)[0]
 
 
 def memory_attention_naive(
-    q: Tensor, rotated: Tensor, key: Tensor | None, value: Tensor, segments: Sequence[Segment], scale: float
+    q: Tensor,
+    rotated: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    segments: Sequence[Segment],
+    scale: float,
+    q_local: Tensor | None = None,
 ) -> Tensor:
     """The same with dense scores of all S keys as local ones and as memory, and masks for what a segment leaves out."""
     B, T, H, _ = q.shape
     L, (S, G) = rotated.shape[1], value.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     local, memory = (torch.zeros(B, T, count, dtype=torch.bool, device=q.device) for count in (L, S))
-    for rows, local_keys, memory_keys, batch in segments:
-        own = local_keys.stop - (rows.stop - rows.start)
-        for t in range(rows.start, rows.stop):
-            local[batch, t, local_keys.start - (S - L) : own + t - rows.start + 1 - (S - L)] = True
-        memory[batch, rows, memory_keys] = True
-    keys = torch.cat([torch.zeros_like(value) if key is None else key, rotated], 1)
+    for rows, local_keys, memory_keys, batch, steps in segments:
+        own = local_keys.stop - rows.stop
+        begins = [local_keys.start] * (rows.stop - rows.start)
+        remembered = [memory_keys] * len(begins)
+        if steps:
+            begins = [step.local for step in steps for _ in range(step.rows)]
+            if memory_keys != NOTHING:
+                remembered = [slice(step.memory, step.local) for step in steps for _ in range(step.rows)]
+        for t, begin, past in zip(range(rows.start, rows.stop), begins, remembered, strict=True):
+            local[batch, t, begin - (S - L) : own + t + 1 - (S - L)] = True
+            memory[batch, t, past] = True
     values = torch.cat([value, value[:, S - L :]], 1)
-    keys, values = (x.to(wide).repeat_interleave(H // G, dim=2) for x in (keys, values))
-    scores = torch.einsum("bthk,bshk->bhts", q.to(wide), keys) * scale
+    raw = torch.zeros_like(value) if key is None else key
+    raw, rotated, values = (x.to(wide).repeat_interleave(H // G, dim=2) for x in (raw, rotated, values))
+    pairs = ((q, raw), (q if q_local is None else q_local, rotated))
+    scores = torch.cat([torch.einsum("bthk,bshk->bhts", a.to(wide), b) for a, b in pairs], 3) * scale
     scores = scores.masked_fill(~torch.cat([memory, local], 2)[:, None], -torch.inf)
     return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), values).to(q.dtype)
 
@@ -227,7 +228,7 @@ class _MemoryAttention(torch.autograd.Function):
             return [(key[batch, keys], value[batch, keys])]
 
         first = value.shape[1] - rotated.shape[1]
-        out, lse = _forward(q, rotated, value[:, first:], first, remembered, segments, scale, backend)
+        out, lse = _forward(q, q, rotated, value[:, first:], first, remembered, segments, scale, backend)
         ctx.options = segments, scale, backend
         ctx.save_for_backward(q, rotated, key, value, out, lse)
         return out
@@ -243,7 +244,7 @@ class _MemoryAttention(torch.autograd.Function):
         per_slice = KEYS_PER_SLICE_CUDA if q.is_cuda else KEYS_PER_SLICE
         dq, drotated, dvalue = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, rotated, value))
         dkey = None if key is None else torch.zeros(key.shape, dtype=wide, device=key.device)
-        for rows, local, memory, batch in segments:
+        for rows, local, memory, batch, _ in segments:
             at = batch, rows
             given = dout[at], q[at]
             merged = out[at], lse[batch, :, rows]
@@ -267,6 +268,7 @@ class _MemoryAttention(torch.autograd.Function):
 
 def _forward(
     q: Tensor,
+    q_local: Tensor,
     rotated: Tensor,
     local_value: Tensor,
     first: int,
@@ -281,30 +283,42 @@ def _forward(
     wide = torch.promote_types(q.dtype, torch.float32)
     options: dict[str, Any] = {"scale": scale, "window": None, "backend": backend}
     out, all_lse = torch.empty_like(q), torch.empty((B, H, T), dtype=wide, device=q.device)
-    for rows, local, memory, batch in segments:
+    for segment in segments:
+        rows, local, memory, batch, steps = segment
         own, at_local = q[batch, rows], (batch, _moved(local, -first))
-        parts, count = _local_parts(rows, local, backend)
-        y, lse = forward_by_parts(own, rotated[at_local], local_value[at_local], Rows(count), parts=parts, **options)
+        given = q_local[batch, rows], rotated[at_local], local_value[at_local]
+        if steps:
+            edge = local_edge(segment, q.device)
+            y, lse = forward_by_parts(*given, edge.seen, parts=edge.parts, **options)
+        else:
+            parts, count = _local_parts(rows, local, backend)
+            y, lse = forward_by_parts(*given, Rows(count), parts=parts, **options)
         found = None if memory == NOTHING or nearest is None else nearest(own, batch, memory)
         if found is not None:
-            y, lse = _merged(y.to(wide), lse, *found)
+            y = y.to(wide)
+            _merge(y, lse, *found)
         elif memory != NOTHING:
             y = y.to(wide)
-            for key, value in remembered(batch, memory):
+            for edge in memory_edges(segment, q.device) if steps else ():
+                at = edge.rows
+                key, value = (torch.cat(x, 1) for x in zip(*remembered(batch, edge.keys), strict=True))
+                more = forward_by_parts(own[:, at], key, value, edge.seen, parts=edge.parts, **options)
+                _merge(y[:, at], lse[:, :, at], *more)
+            for key, value in remembered(batch, remembered_by_all(segment)):
                 parts, count = _memory_parts(rows, key.shape[1])
-                y, lse = _merged(y, lse, *forward_by_parts(own, key, value, Rows(count), parts=parts, **options))
+                _merge(y, lse, *forward_by_parts(own, key, value, Rows(count), parts=parts, **options))
         out[batch, rows] = y.to(q.dtype)
         all_lse[batch, :, rows] = lse
     return out, all_lse
 
 
-def _merged(y: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two softmaxes over different keys as one over all; y is changed."""
+def _merge(y: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Makes one softmax over all of two over different keys; y and lse are changed."""
     both = torch.logaddexp(lse, part_lse)
     weight, part_weight = ((x - both).exp().transpose(1, 2)[..., None] for x in (lse, part_lse))
     y *= weight
     y += part_weight * part
-    return y, both
+    lse.copy_(both)
 
 
 def _local_parts(rows: slice, local: slice, backend: str) -> tuple[list[Part], int]:

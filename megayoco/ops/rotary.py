@@ -1,6 +1,7 @@
 """Rotary position embedding: pairs of channels turned by position times frequency.
 
-Shapes: B batch, T tokens, H heads, K head dim (even), pairs K/2. Angles, cos and sin are fp32.
+Shapes: B batch, T tokens, H heads, K head dim (even), pairs K/2. Angles, cos and sin are fp32
+        (of float64 positions: float64).
 Layouts: "interleaved" turns channels (2j, 2j+1), frequencies theta ** -linspace(0, 1, K/2), as YOCO does;
          "half_split" turns channels (j, j + K/2), frequencies theta ** -(2j/K), as LLaMA in Hugging Face layout does.
 Source: YOCO, arXiv 2405.05254, and its released code; RoFormer, arXiv 2104.09864.
@@ -33,11 +34,13 @@ def rotary_frequencies(head_dim: int, theta: float, layout: str) -> Tensor:
 
 
 def rotary_table(index: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each index.shape + (K/2,) fp32, of the angles index * frequencies.
+    """(cos, sin), each index.shape + (K/2,), of the angles index * frequencies.
 
-    index counts tokens from the start of the sequence (any integer dtype); the product is formed in fp32.
+    index counts tokens from the start of the sequence. Of an integer dtype: the product is formed in fp32, which is
+    what the tables are, too. float64: both are float64, so that the difference of two angles depends on nothing else.
     """
-    angle = index.to(torch.float32)[..., None] * frequencies.to(device=index.device, dtype=torch.float32)
+    wide = torch.float64 if index.dtype == torch.float64 else torch.float32
+    angle = index.to(wide)[..., None] * frequencies.to(device=index.device, dtype=wide)
     return angle.cos(), angle.sin()
 
 

@@ -39,7 +39,7 @@ def answers(model):
     }
 
 
-def on_a_rank(name, tensor, pipeline):
+def on_a_rank(name, tensor, pipeline, windows=None):
     from megayoco.config import ParallelConfig
     from megayoco.convert.weights import HeldTensors, Weights
     from megayoco.generate.loading import load_weights
@@ -47,35 +47,40 @@ def on_a_rank(name, tensor, pipeline):
 
     stored = Weights(MODELS[name], HeldTensors(weights(build(name, torch.float64))), None, {})
     topology = build_topology(ParallelConfig(tensor=tensor, pipeline=pipeline), MODELS[name])
-    model = load_weights(stored, dtype=torch.float64, topology=topology)
+    model = load_weights(stored, dtype=torch.float64, topology=topology, windows=windows)
     held = {id(p): p.numel() for p in model.stage.parameters()}
     return {**answers(model), "held": sum(held.values())}
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"),
+    ("name", "layout", "windows"),
     [
-        ("retention", "tensor-2"),
-        ("retention", "pipeline-4"),
-        ("retention", "both"),
-        ("window", "tensor-4"),
-        ("window", "pipeline-2"),
-        ("uneven", "pipeline-4"),
-        ("llama", "tensor-4"),
-        ("llama", "pipeline-2"),
-        ("llama", "both"),
-        ("longllama", "tensor-4"),
-        ("longllama", "both"),
-        ("memory", "pipeline-2"),
+        ("retention", "tensor-2", {}),
+        ("retention", "pipeline-4", {}),
+        ("retention", "both", {}),
+        ("window", "tensor-4", {}),
+        ("window", "pipeline-2", {}),
+        ("uneven", "pipeline-4", {}),
+        ("llama", "tensor-4", {}),
+        ("llama", "pipeline-2", {}),
+        ("llama", "both", {}),
+        ("longllama", "tensor-4", {}),
+        ("longllama", "both", {}),
+        ("memory", "pipeline-2", {}),
+        ("longllama", "tensor-2", {"evicted": 2, "capacity": 8}),
+        ("longllama", "pipeline-2", {"evicted": 1}),
+        ("longllama", "pipeline-2", {"last_context": 3}),
     ],
+    ids=str,
 )
-def test_every_rank_says_what_one_process_says(workers, name, layout):
+def test_every_rank_says_what_one_process_says(workers, name, layout, windows):
     from megayoco.model.inference import InferenceModel
+    from megayoco.model.window_options import WindowOptions
 
     tensor, pipeline = LAYOUTS[layout]
-    whole = build(name, torch.float64)
-    expected = answers(InferenceModel.of(whole))
-    ranks = workers.run(on_a_rank, name, tensor, pipeline, world=tensor * pipeline)
+    whole, options = build(name, torch.float64), WindowOptions(**windows)
+    expected = answers(InferenceModel.of(whole, windows=options))
+    ranks = workers.run(on_a_rank, name, tensor, pipeline, options, world=tensor * pipeline)
     for got in ranks:
         for key in ("logits", "branch", "last", "losses"):
             torch.testing.assert_close(got[key], expected[key], rtol=1e-9, atol=1e-9, msg=key)

@@ -110,6 +110,27 @@ def test_overwrite_begins_again_and_deletes_only_its_own(main, haystack, tmp_pat
     assert (tmp_path / "other" / "notes.txt").read_text() == "kept"
 
 
+def test_windows_of_memory_layers_belong_to_the_results(main, haystack, tmp_path, capsys):
+    write_export(tmp_path / "memory" / "export", MODELS["longllama"], weights(build("longllama")), ByteTokenizer())
+    text = ["--text", haystack, "--documents", "1", "--length", "60"]
+
+    def nll(output, *flags):
+        assert main("perplexity", *text, *flags, output=tmp_path / output, model=tmp_path / "memory") == 0
+        return json.loads((tmp_path / output / "results.json").read_text())
+
+    flags = [[], ["--memory-eviction", "2"], ["--last-context", "3"], ["--memory-capacity", "4"]]
+    found = [nll(f"out{number}", *given) for number, given in enumerate(flags)]
+    assert len({results["summary"]["perplexity/nll"] for results in found}) == 4
+    # unless told, as in training
+    assert nll("grid", "--memory-eviction", "5")["summary"] == found[0]["summary"]
+    assert found[1]["model"]["memory_eviction"] == "2" and "memory_eviction" not in found[0]["model"]
+    capsys.readouterr()
+    assert main("perplexity", *text, "--last-context", "2", output=tmp_path / "out2", model=tmp_path / "memory") == 2
+    assert "model.last_context is 3 there and 2 here" in capsys.readouterr().err
+    assert main("perplexity", *text, "--last-context", "2", output=tmp_path / "none") == 2
+    assert "--last-context: the model has no memory layers. Leave it out." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,6 +157,11 @@ def test_overwrite_begins_again_and_deletes_only_its_own(main, haystack, tmp_pat
         (["multi-needle", "--model", "m", "--output", "o", "--query", "two"], "--query: invalid choice: 'two'"),
         (["perplexity", "--model", "m", "--output", "o"], "--text or data names the documents: give exactly one"),
         (["needle", "--model", "m", "--output", "o", "--tensor", "0"], "--tensor: must be an integer above 0"),
+        (["needle", "--model", "m", "--output", "o", "--memory-capacity", "0"], "--memory-capacity must be at least 1"),
+        (
+            ["needle", "--model", "m", "--output", "o", "--memory-eviction", "2", "--last-context", "2"],
+            "--memory-eviction and --last-context are two ways to cut a text into windows. Give one of them.",
+        ),
         (["needle", "--model", "/nowhere", "--output", "o"], "--model /nowhere does not exist"),
         (["needle", "--model", "/nowhere", "--output", __file__], "test_command.py is a file. Name a folder."),
         (["needle", "--model", "/nowhere", "--output", "o", "--haystack", "/no/x"], "--haystack /no/x: no such file"),

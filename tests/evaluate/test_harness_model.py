@@ -15,6 +15,7 @@ from megayoco.data.tokenizer.export import write_for_transformers
 from megayoco.errors import UserError
 from megayoco.evaluate.harness_model import HarnessModel
 from megayoco.model.inference import InferenceModel
+from megayoco.model.window_options import WindowOptions
 from tests.generate.models import build
 
 TOKENIZER = ByteTokenizer()
@@ -101,6 +102,15 @@ def test_the_context_of_several_long_answers_is_read_once(yoco, monkeypatch):
     lm = HarnessModel(yoco, TOKENIZER, batch_size=8, prefill_chunk=16)
     lm.loglikelihood(requests("loglikelihood", *(("y" * 100, answer) for answer in (" a", " b", " c", " d"))))
     assert sum(read) == 100
+
+
+def test_windows_that_depend_on_the_request_share_no_context():
+    model = InferenceModel.of(build("longllama", torch.float64), windows=WindowOptions(last_context=3))
+    lm = HarnessModel(model, TOKENIZER, prefill_chunk=16, start_token="none")
+    pairs = [("y" * 40, " a"), ("y" * 40, " bcd")]
+    for (before, after), (log_p, _) in zip(pairs, lm.loglikelihood(requests("loglikelihood", *pairs)), strict=True):
+        expected = plain_scores(model, TOKENIZER.encode(before), TOKENIZER.encode(after))[0]
+        assert log_p == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_continuation_without_token_is_refused(yoco):

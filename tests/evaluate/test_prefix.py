@@ -8,6 +8,7 @@ import torch
 from megayoco.evaluate.prefix import branches, common_prefix, shared_prefill
 from megayoco.generate.generation import prefill
 from megayoco.model.inference import InferenceModel
+from megayoco.model.window_options import WindowOptions
 from tests.evaluate.oracle import Oracle, distinct_prefixes
 from tests.generate.models import MODELS, build
 
@@ -45,6 +46,18 @@ def test_no_common_beginning_is_read_twice(prompts):
     for _, context, rest in shared_prefill(model, prompts, chunk=8):
         prefill(model, rest, context=context)
     assert model.tokens_read == distinct_prefixes(prompts)
+
+
+def test_windows_that_depend_on_the_prompt_share_nothing():
+    model = InferenceModel.of(build("longllama", torch.float64), windows=WindowOptions(last_context=3))
+    prompts = PROMPTS["caterpillar"]
+    for number, context, rest in shared_prefill(model, prompts, chunk=8):
+        assert (context.length, rest) == (0, prompts[number])
+        whole, _ = model.advance(torch.tensor([rest]), model.empty_context())
+        context = prefill(model, rest[:-1], chunk=7, context=context.announce(len(rest)))
+        got, _ = model.advance(torch.tensor([rest[-1:]]), context)
+        torch.testing.assert_close(got, whole, rtol=1e-9, atol=1e-9)
+    assert number == len(prompts) - 1
 
 
 def test_any_prompts_in_any_order():

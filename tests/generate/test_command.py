@@ -18,6 +18,7 @@ from megayoco.generate.loading import load_weights
 from megayoco.generate.opening import Placement
 from megayoco.generate.options import parse, placement, sampling
 from megayoco.generate.sampling import GREEDY, Sampling
+from megayoco.model.window_options import WindowOptions
 from tests.generate.models import MODELS, build, weights
 
 SUMMARY = (
@@ -114,8 +115,33 @@ def test_every_flag_of_the_choice_reaches_it():
 def test_where_the_model_goes():
     flags = ["--device", "cpu", "--dtype", "bfloat16", "--tensor", "2", "--pipeline", "3", "--kv-dtype", "fp8"]
     there = placement(parse(["--model", "m", "--prompt", "x", *flags, "--local_rank=1"]))
-    assert there == Placement(device="cpu", dtype="bfloat16", tensor=2, pipeline=3, storage="fp8")
-    assert placement(parse(["--model", "m", "--prompt", "x"])) == Placement()
+    assert there == Placement(
+        device="cpu", dtype="bfloat16", tensor=2, pipeline=3, storage="fp8", default_eviction=True
+    )
+    assert placement(parse(["--model", "m", "--prompt", "x"])) == Placement(default_eviction=True)
+
+
+def test_windows_of_memory_layers(tmp_path, main, capsys):
+    folder, tokenizer = tmp_path / "memory", ByteTokenizer()
+    write_export(folder / "export", MODELS["longllama"], weights(build("longllama")), tokenizer)
+    prompt, found = "a text that is longer than its windows, by far", []
+    for flags, windows in (
+        ([], WindowOptions(evicted=2)),  # half of five
+        (["--memory-eviction", "5"], WindowOptions()),
+        (["--memory-eviction", "1", "--memory-capacity", "3"], WindowOptions(evicted=1, capacity=3)),
+        (["--last-context", "4"], WindowOptions(last_context=4)),
+    ):
+        model = load_weights(read_export(folder / "export"), dtype=torch.float32, windows=windows)
+        tokens = list(generate(model, tokenizer.encode(prompt), 12, GREEDY, [256], prefill_chunk=7, vocab_size=257))
+        arguments = ["--prompt", prompt, "--greedy", "--max-new-tokens", "12", "--prefill-chunk", "7", *flags]
+        assert main(*arguments, model=folder) == 0
+        found.append(capsys.readouterr().out)
+        assert found[-1] == f"{prompt}{tokenizer.decode(tokens)}\n"
+    assert len(set(found)) == 4
+    assert main("--prompt", "x", "--memory-eviction", "6", model=folder) == 2
+    refused(capsys, "--memory-eviction 6 exceeds the model's window of 5 tokens. Give at most so many.")
+    assert main("--prompt", "x", "--memory-capacity", "9") == 2
+    refused(capsys, "--memory-capacity: the model has no memory layers. Leave it out.")
 
 
 def test_a_stop_string_ends_the_text(run, main, capsys):
@@ -262,6 +288,8 @@ def test_stops_at_the_end_of_a_document(tmp_path, main, capsys):
         (["--prompt", "x", "--tensor", "0"], "--tensor must be at least 1, got 0."),
         (["--prompt", "x", "--tensor", "2"], "--tensor 2 needs as many processes"),
         (["--prompt", "x", "--kv-dtype", "int4"], "--kv-dtype: invalid choice"),
+        (["--prompt", "x", "--last-context", "0"], "--last-context must be at least 1, got 0."),
+        (["--prompt", "x", "--last-context", "2", "--memory-eviction", "2"], "are two ways to cut a text into windows"),
         (["--prompt-file", "/nowhere/prompt"], "--prompt-file /nowhere/prompt cannot be read: No such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

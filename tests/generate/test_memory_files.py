@@ -21,6 +21,7 @@ from megayoco.generate.generation import pad_left, prefill
 from megayoco.generate.memory_files import load_memory, save_memory
 from megayoco.model.decoder import build_decoder
 from megayoco.model.inference import InferenceModel, MemoryOptions, cache_bytes
+from megayoco.model.window_options import WindowOptions
 from megayoco.ops.key_value_cache import STORAGES, KeyValueCache
 from megayoco.ops.key_value_storage import Place
 from megayoco.ops.memory_search import Search
@@ -79,6 +80,20 @@ def test_a_loaded_memory_is_continued_like_the_context(name, mapped, tmp_path):
     assert tokens == ()
     torch.testing.assert_close(logits_after(model, third, MORE[1]), expected, **EXACT)
     assert digest(file) == before
+
+
+@pytest.mark.parametrize("use", [{"evicted": 2}, {"evicted": 3, "capacity": 6}, {"last_context": 4}], ids=str)
+def test_a_memory_goes_on_in_the_windows_that_it_was_read_in(use, tmp_path):
+    decoder = build("longllama", torch.float64)
+    model = InferenceModel.of(decoder, windows=WindowOptions(**use))
+    context = prefill(model, TEXT, chunk=10)
+    save_memory(tmp_path / "m", context, model)
+    loaded, _ = load_memory(tmp_path / "m", model)
+    for tokens in MORE:
+        torch.testing.assert_close(logits_after(model, loaded, tokens), logits_after(model, context, tokens), **EXACT)
+    flags = " ".join(f"{flag} {count}" for flag, count in WindowOptions(**use).given().items())
+    with pytest.raises(UserError, match=f"saved with {flags}, here it is --memory-eviction 1. Give the same"):
+        load_memory(tmp_path / "m", InferenceModel.of(decoder, windows=WindowOptions(evicted=1)))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -298,7 +313,8 @@ def test_a_book_is_read_once_and_asked_often(main, tmp_path, capsys):
     memory = tmp_path / "book.memory"
     assert main("--save-memory", memory, "--prompt-file", book) == 0
     out, err = capsys.readouterr()
-    size = 2 * 128 * 2 * 2 * 8 * 4 + 2 * 3 * 2 * 2 * 8 * 4  # memory layers keep all, others the open window
+    # memory layers keep all, others what is left of a window of five from which two leave at a time
+    size = 2 * 128 * 2 * 2 * 8 * 4 + 2 * 4 * 2 * 2 * 8 * 4
     assert out == ""
     assert re.fullmatch(
         rf"read 128 tokens at [\d,.]+ tokens/s; .*book.memory remembers 128 tokens in {size:,} bytes\n", err

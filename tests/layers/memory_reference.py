@@ -70,11 +70,53 @@ def longllama_logits(
     return _norm(x, w["norm.weight"], model.norm_eps) @ head.T
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """(1, T, H, K) at the positions 0 .. T - 1, channels (j, j + K/2), frequencies theta ** -(2 j / K)."""
+def windowed_logits(
+    model: ModelConfig,
+    w: Mapping[str, Tensor],
+    tokens: Tensor,
+    begins: list[int],
+    capacity: int | None = None,
+    exact: bool = True,
+) -> Tensor:
+    """Logits (N, V) of one sample (N,), token by token: token t sees the tokens from begins[t] on as its window, and in
+    memory layers those before as memory, the last `capacity` of them.
+
+    exact: angles in float64; else their products in fp32.
+    """
+    x = w["embed_tokens.weight"][tokens][None]
+    N = tokens.shape[0]
+    for i in range(model.layers):
+        y = _norm(x, w[f"layers.{i}.mixer_norm.weight"], model.norm_eps)
+        q, k, v = (_heads(y @ w[f"layers.{i}.mixer.{p}_proj.weight"].T, model.head_dim) for p in "qkv")
+        k, v = (t.repeat_interleave(model.heads // model.num_kv_heads, 2) for t in (k, v))
+        out = torch.zeros_like(q)
+        for t, begin in enumerate(begins[:N]):
+            first = begin
+            if i in model.memory_layers:
+                first = 0 if capacity is None else max(begin - capacity, 0)
+            local = torch.cat([k[:, begin : t + 1], q[:, t : t + 1]], 1)
+            turned = rotate(local, model.rope_theta, exact, last_twice=True)
+            keys = torch.cat([k[:, first:begin], turned[:, :-1]], 1)
+            scores = torch.einsum("bhk,bshk->bhs", turned[:, -1], keys) / math.sqrt(model.head_dim)
+            out[:, t] = torch.einsum("bhs,bshk->bhk", scores.softmax(-1), v[:, first : t + 1])
+        x = x + out.flatten(2) @ w[f"layers.{i}.mixer.out_proj.weight"].T
+        x = x + _ffn(w, f"layers.{i}.ffn", _norm(x, w[f"layers.{i}.ffn_norm.weight"], model.norm_eps))
+    head = w.get("lm_head.weight", w["embed_tokens.weight"])
+    return (_norm(x, w["norm.weight"], model.norm_eps) @ head.T)[0]
+
+
+def rotate(x: Tensor, theta: float, exact: bool = False, last_twice: bool = False) -> Tensor:
+    """(1, T, H, K) at the positions 0 .. T - 1, channels (j, j + K/2), frequencies theta ** -(2 j / K).
+
+    exact: angles in float64; else their products in fp32. last_twice: the last two stand at the same position.
+    """
     pairs = x.shape[-1] // 2
-    frequencies = (theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs)).float()
-    angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * frequencies
+    wide = torch.float64 if exact else torch.float32
+    frequencies = (theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs)).float().to(wide)
+    positions = torch.arange(x.shape[1], dtype=wide)
+    if last_twice:
+        positions = positions.clamp(max=x.shape[1] - 2)
+    angles = positions[:, None] * frequencies
     cos, sin = (f(angles).to(x.dtype)[:, None] for f in (torch.cos, torch.sin))
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)

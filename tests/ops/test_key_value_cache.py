@@ -184,3 +184,46 @@ def test_a_folder_that_takes_no_file_is_the_users_to_change(tmp_path):
     cache = KeyValueCache.empty(B, G, K, torch.float64, CPU, place=Place(CPU, tmp_path / "absent"))
     with pytest.raises(UserError, match=r"cannot be kept in .*absent: No such file or directory"):
         cache.combine(key_values(1))
+
+
+@pytest.mark.parametrize("storage", [None, *STORAGES.values()])
+def test_what_is_dropped_is_gone_and_gives_its_room_back(storage):
+    """`last` after every piece, against the tokens of a cache that keeps all; branches and gathered tokens too."""
+    dtype = torch.float32 if storage else torch.float64
+    cache, endless = (KeyValueCache.empty(B, G, K, dtype, CPU, storage=storage) for _ in range(2))
+    capacities = []
+    for number, size in enumerate([5, 1, 1, 9, 30, *[2] * 60, 1, 17]):
+        new = key_values(size, seed=number, dtype=dtype)
+        longer, before = cache.combine(new), endless.tokens
+        branch = cache.combine(key_values(3, seed=99, dtype=dtype))
+        endless = endless.combine(new)
+        assert torch.equal(longer.key, endless.part(before - cache.tokens, endless.tokens).key)
+        assert torch.equal(branch.part(0, cache.tokens).value, longer.part(0, cache.tokens).value)
+        cache = longer.last(12)
+        assert cache.tokens == min(12, endless.tokens)
+        assert longer.last(100).tokens == longer.tokens
+        assert torch.equal(cache.value, endless.part(endless.tokens - cache.tokens, endless.tokens).value)
+        numbers = torch.tensor([[[0, cache.tokens - 1]] * G] * B)
+        for got, expected in zip(cache.gather(numbers), (cache.key, cache.value), strict=True):
+            assert torch.equal(got, expected[:, [0, -1]].transpose(1, 2))
+        capacities.append(cache._buffer.capacity)
+    assert max(capacities[5:]) <= 2 * (12 + 30 + 3) + 64
+    assert endless._buffer.capacity >= 180
+    assert cache.bytes < endless.bytes / 10
+
+
+def test_loaded_tokens_can_be_dropped():
+    loaded, whole = filled([10])
+    cache = KeyValueCache.empty(B, G, K, torch.float64, CPU).over(loaded._buffer)
+    new = [key_values(size, seed=40 + size) for size in (4, 5, 80)]
+    everything = [whole]
+    for part in new:
+        cache = cache.combine(part)
+        everything.append(part)
+        cache = cache.last(11)
+        keys = torch.cat([part.key for part in everything], 1)[:, -11:]
+        assert torch.equal(cache.key, keys)
+        numbers = torch.arange(11).expand(B, G, 11)
+        assert torch.equal(cache.gather(numbers).key, keys.transpose(1, 2))
+        # what was loaded is let go once all of it has been dropped
+        assert cache.is_one_view == (cache._base is None) == (part is new[-1])

@@ -10,8 +10,9 @@ from megayoco.ops import memory_search
 from megayoco.ops.key_value_cache import STORAGES, KeyValueCache
 from megayoco.ops.key_value_storage import Buffer, Place
 from megayoco.ops.key_values import KeyValues
-from megayoco.ops.memory_attention import memory_attention_over_cache, window_segments
+from megayoco.ops.memory_attention import Segment, memory_attention_over_context, window_segments
 from megayoco.ops.memory_search import SEARCHES, Search, attention_over_nearest, nearest
+from megayoco.ops.windows import Eviction
 
 B, H, G, K, W = 2, 4, 2, 6, 4
 CPU = torch.device("cpu")
@@ -38,16 +39,18 @@ def cache_of(tokens, search, *, dtype=torch.float64, storage=None, place=None, b
     return cache.combine(KeyValues(key[:, base:], value[:, base:]))
 
 
-def padded_segments(queries, keys, padding):
+def padded_segments(queries, keys, padding, evicted=W, capacity=None):
     """Of row 0 without padding, and row 1 that begins with some."""
-    rows = [window_segments(keys - queries - pad, queries, keys, W, remembers=True) for pad in (0, padding)]
+    rule = Eviction(window=W, evicted=evicted, capacity=capacity)
+    windows = rule.windows([keys - queries - pad for pad in (0, padding)], queries)
+    rows = [window_segments(windows, row, queries, keys, remembers=True) for row in range(2)]
     return [segment._replace(batch=slice(row, row + 1)) for row, part in enumerate(rows) for segment in part]
 
 
 def naive(q, rotated, cache, segments, scale, top_k):
     """Dense scores of every query, those of the memory masked but for the k largest of its head."""
     y, first = torch.empty_like(q), cache.tokens - rotated.shape[1]
-    for rows, local, memory, batch in segments:
+    for rows, local, memory, batch, _ in segments:
         for b in range(B)[batch]:
             for t in range(rows.start, rows.stop):
                 end = local.stop - (rows.stop - 1 - t)
@@ -66,7 +69,7 @@ def attend(cache, segments, queries, dtype=torch.float64):
     q = random(1, B, queries, H, K, dtype=dtype)
     local = cache.tokens - min(segment.local.start for segment in segments)
     rotated = random(2, B, local, G, K, dtype=dtype)
-    return q, rotated, memory_attention_over_cache(q, rotated, cache, segments, 0.3)
+    return q, rotated, memory_attention_over_context(q, q, rotated, cache, segments, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,23 @@ def test_fewer_keys_are_dense_attention_with_the_rest_masked(queries, base, monk
     torch.testing.assert_close(got, naive(q, rotated, cache, segments, 0.3, 3), rtol=1e-12, atol=1e-12)
     dense = attend(cache_of(32, None, base=base), segments, queries)[2]
     assert float((got - dense).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(("evicted", "capacity"), [(2, None), (1, None), (1, 9)])
+def test_windows_that_overlap_are_searched_one_by_one(evicted, capacity):
+    segments = padded_segments(12, 32, 5, evicted, capacity)
+    alone = []
+    for segment in segments:
+        row, own = segment.rows.start, segment.local.stop - segment.rows.stop
+        for step in segment.steps:
+            rows = slice(row, row + step.rows)
+            memory = slice(step.memory, step.local)
+            alone.append(Segment(rows, slice(step.local, own + rows.stop), memory, segment.batch))
+            row = rows.stop
+    assert len(alone) > 6 and sum(s.rows.stop - s.rows.start for s in alone) == 24
+    cache = cache_of(32, search_of(3))
+    q, rotated, got = attend(cache, segments, 12)
+    torch.testing.assert_close(got, naive(q, rotated, cache, alone, 0.3, 3), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", SEARCHES)
