@@ -33,12 +33,13 @@ REQUIRES = [
     "zstandard>=0.23",
 ]
 EVAL = ["lm-eval>=0.4.12"]
-TEST = [*EVAL, "hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3"]
+FAISS = ["faiss-cpu>=1.9"]
+TEST = [*EVAL, *FAISS, "hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3"]
 EXTRAS = {
     "test": TEST,
     "dev": [*TEST, "mypy>=1.15", "ruff>=0.12", "types-PyYAML"],
     "gpu": ["flash-attn>=2.7", "flash-linear-attention>=0.4", "liger-kernel>=0.5"],
-    "faiss": ["faiss-cpu>=1.9"],
+    "faiss": FAISS,
     "eval": EVAL,
     "mpi": ["mpi4py>=4.0"],
 }

@@ -246,6 +246,7 @@ def test_what_follows_from_the_shape():
         ({"layers": 1}, "layers must leave a layer for each half, got 0 of 1"),
         ({"self_mixer": "window"}, "window is required by self_mixer window"),
         ({"window": 4}, "window is used only by self_mixer window"),
+        ({"init_std": 0.1}, "init_std is used only by pattern llama"),
         ({"pattern": "llama", "self_heads": 2}, "self_heads is used only by pattern yoco"),
         ({"pattern": "llama", "self_mixer": "window", "window": 3}, "self_mixer is used only by pattern yoco"),
         ({"memory_layers": [1]}, "memory_window is required by memory_layers"),

@@ -30,7 +30,7 @@ OPTIONAL = [  # distribution, module, what this release uses it for
     ("mpi4py", "mpi4py", None),  # mpirun works without it; extra for those whose DeepSpeed setup asks for it
     ("flash-linear-attention", "fla", None),
     ("liger-kernel", "liger_kernel", None),
-    ("faiss-cpu", "faiss", None),
+    ("faiss-cpu", "faiss", "search in the memory of memory layers"),
     ("lm-eval", "lm_eval", "evaluation on its tasks"),
 ]
 

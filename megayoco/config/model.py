@@ -77,6 +77,10 @@ class ModelConfig:
     norm_eps: PositiveFloat = 1e-5
     """Added to the mean square in every RMSNorm."""
 
+    init_std: PositiveFloat | None = None
+    """Standard deviation of the initial matrices. Default: 0.02, which suits a D of thousands; at a D of 64 the model
+    begins to learn sooner with 1 / sqrt(D). LLaMA pattern only; those of YOCO follow from their shapes."""
+
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head as well."""
 
@@ -123,6 +127,8 @@ class ModelConfig:
                 refuse("window", "is required by self_mixer window: the tokens that a query sees, itself included")
             if self.self_mixer != "window" and self.window is not None:
                 refuse("window", "is used only by self_mixer window: set self_mixer, or leave window out")
+            if self.init_std is not None:
+                refuse("init_std", "is used only by pattern llama: leave it out")
         else:
             if self.self_mixer == "window":
                 refuse("self_mixer", "is used only by pattern yoco: leave it out")

@@ -216,8 +216,8 @@ class LongLlamaCache(Cache):
             for piece in pieces:
                 mask = torch.zeros(rows, piece.key.shape[2], device=piece.key.device)
                 masks.append(mask if piece.visible is None else mask.masked_fill(~piece.visible, HIDDEN))
-            key, value = (torch.cat([piece[i] for piece in pieces], 2) for i in (0, 1))
-            memory = (key, value, torch.cat(masks, 1)[:, None, :, None])
+            keys, values = [piece.key for piece in pieces], [piece.value for piece in pieces]
+            memory = (torch.cat(keys, 2), torch.cat(values, 2), torch.cat(masks, 1)[:, None, :, None])
         return (*local, *memory)
 
     def flush(self, visible: Tensor | None) -> None:

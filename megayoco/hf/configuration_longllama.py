@@ -91,13 +91,9 @@ class LongLlamaConfig(PreTrainedConfig):
                 "AutoModelForCausalLM": "modeling_longllama.LongLlamaForCausalLM",
             },
         )
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        kwargs.update(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
+        kwargs.update(tie_word_embeddings=tie_word_embeddings)
+        super().__init__(**kwargs)
 
     def _take_rotary(self, kwargs: dict[str, Any]) -> None:
         """rope_theta, also from where transformers 5 keeps it."""

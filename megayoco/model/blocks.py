@@ -38,7 +38,7 @@ from megayoco.ops.cross_entropy import linear_cross_entropy, linear_token_losses
 from megayoco.parallel.collectives import gather_last_dim
 from megayoco.parallel.shards import mark, row_shard
 
-LLAMA_INIT = Init("normal", 0.02)
+LLAMA_INIT_STD = 0.02
 """Every matrix of the LLaMA pattern, embedding and head included."""
 
 
@@ -105,7 +105,11 @@ class Head(nn.Module):
 
 
 def _matrix_init(model: ModelConfig, fan_in: int) -> Init:
-    return LLAMA_INIT if model.pattern == "llama" else fan_in_uniform(fan_in)
+    return _llama_init(model) if model.pattern == "llama" else fan_in_uniform(fan_in)
+
+
+def _llama_init(model: ModelConfig) -> Init:
+    return Init("normal", LLAMA_INIT_STD if model.init_std is None else model.init_std)
 
 
 def _rotary(model: ModelConfig, head_dim: int) -> Rotary:
@@ -174,7 +178,7 @@ MIXERS: dict[str, Callable[[ModelConfig, str, Builder], nn.Module]] = {
 def build_embedding(model: ModelConfig, builder: Builder) -> Embedding:
     """Token embedding; YOCO scales it by sqrt(D)."""
     scale = model.dim**0.5 if model.scale_embeddings else 1.0
-    init = LLAMA_INIT if model.pattern == "llama" else Init("normal", model.dim**-0.5)
+    init = _llama_init(model) if model.pattern == "llama" else Init("normal", model.dim**-0.5)
     return Embedding(model.vocab_size, model.dim, scale, "embed_tokens", init, builder)
 
 

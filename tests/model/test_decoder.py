@@ -212,6 +212,17 @@ def test_initial_weights_follow_the_official_distributions():
     assert not torch.equal(parameters["layers.0.mixer.q_proj.weight"], parameters["layers.0.mixer.k_proj.weight"])
 
 
+@pytest.mark.parametrize("std", [None, 0.2])
+def test_the_initial_spread_of_a_llama_can_be_chosen(std):
+    config = ModelConfig(
+        pattern="llama", dim=64, layers=2, hidden_dim=96, heads=4, vocab_size=128, init_std=std, memory_layers=(1,),
+        memory_window=8,
+    )  # fmt: skip
+    for name, parameter in canonical_parameters(build_decoder(config, None)).items():
+        if parameter.dim() == 2:
+            assert parameter.float().std().item() == pytest.approx(std or 0.02, rel=0.05), name
+
+
 def test_rope_theta_reaches_every_layer():
     decoder, ids = build("retention"), tokens(1, 20)
     before = logits(decoder, ids)

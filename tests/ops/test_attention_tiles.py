@@ -58,6 +58,22 @@ def test_operators_of_this_machine(backend, tile, T, S):
     assert_serves(backend, tile, T, S)
 
 
+def test_a_single_query_reads_long_keys_once_for_a_group(monkeypatch):
+    monkeypatch.setattr(attention_tiles, "LONG_KEYS", 9)
+    assert_serves("cpu_flash", Tile(SCALE), 1, 9)
+    # and its rows are those of a group
+    q, k, v, _ = random_inputs(1, 9)
+    shapes, flash = [], torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def kernel(q, k, v, *arguments, **options):
+        shapes.append(q.shape)
+        return flash(q, k, v, *arguments, **options)
+
+    monkeypatch.setattr(attention_tiles.aten, "_scaled_dot_product_flash_attention_for_cpu", kernel, raising=False)
+    tile_forward(q, k, v, Tile(SCALE), "cpu_flash")
+    assert shapes == [(2, 2, 2, 8)]
+
+
 BOTTOM_RIGHT = [
     (Tile(SCALE), 256, 512),
     (Tile(SCALE, causal=True), 256, 256),
