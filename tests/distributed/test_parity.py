@@ -223,3 +223,16 @@ def test_bf16_weights_cut_by_zero_3_while_building_are_those_of_one_process(work
     assert got.keys() == expected.keys()
     for name, parameter in expected.items():
         assert torch.equal(got[name], parameter.detach().bfloat16()), name
+
+
+@pytest.mark.parametrize(
+    ("model", "case"),
+    [
+        ("longllama", Case(world=4, tensor=2, pipeline=2, checkpointing=True)),
+        ("yoco-memory", Case(world=4, pipeline=2, micro_batch=1)),
+    ],
+    ids=str,
+)
+def test_float64_of_padding_before_memory_layers_equals_one_process(workers: Workers, model: str, case: Case) -> None:
+    """Two documents in each row, as padding in front of an example makes them."""
+    check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-9)
