@@ -126,7 +126,7 @@ def test_windows_of_memory_layers_belong_to_the_results(main, haystack, tmp_path
     capsys.readouterr()
     other = [*text, "--last-context", "2", "--memory-capacity", "4"]
     assert main("perplexity", *other, output=tmp_path / "out2", model=tmp_path / "memory") == 2
-    assert "model.last_context is "3" there and "2" here" in capsys.readouterr().err
+    assert 'model.last_context is "3" there and "2" here' in capsys.readouterr().err
     assert main("perplexity", *text, "--last-context", "2", output=tmp_path / "none") == 2
     assert "--last-context: the model has no memory layers. Leave it out." in capsys.readouterr().err
 
