@@ -167,7 +167,7 @@ def ask(
     """
     tokens = torch.tensor([ids], device=model.device)
     first, end = len(ids) - options.question_tokens, len(ids) - 1
-    context = model.empty_context(1, reserve=end)
+    context = model.empty_context(1, reserve=end).announce(end)
     for start in range(0, first, options.prefill_chunk):
         context = model.absorb(tokens[:, start : min(start + options.prefill_chunk, first)], context)
     right: list[bool] = []  # right[i]: whether symbol first + 1 + i of the document was the most likely there

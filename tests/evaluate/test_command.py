@@ -118,15 +118,15 @@ def test_windows_of_memory_layers_belong_to_the_results(main, haystack, tmp_path
         assert main("perplexity", *text, *flags, output=tmp_path / output, model=tmp_path / "memory") == 0
         return json.loads((tmp_path / output / "results.json").read_text())
 
-    flags = [[], ["--memory-eviction", "2"], ["--last-context", "3"], ["--memory-capacity", "4"]]
-    found = [nll(f"out{number}", *given) for number, given in enumerate(flags)]
-    assert len({results["summary"]["perplexity/nll"] for results in found}) == 4
     # unless told, as in training
-    assert nll("grid", "--memory-eviction", "5")["summary"] == found[0]["summary"]
-    assert found[1]["model"]["memory_eviction"] == "2" and "memory_eviction" not in found[0]["model"]
+    flags = [[], ["--memory-eviction", "5"], ["--last-context", "3", "--memory-capacity", "4"]]
+    found = [nll(f"out{number}", *given) for number, given in enumerate(flags)]
+    assert found[0]["summary"] == found[1]["summary"] != found[2]["summary"]
+    assert found[1]["model"]["memory_eviction"] == "5" and "memory_eviction" not in found[0]["model"]
     capsys.readouterr()
-    assert main("perplexity", *text, "--last-context", "2", output=tmp_path / "out2", model=tmp_path / "memory") == 2
-    assert "model.last_context is 3 there and 2 here" in capsys.readouterr().err
+    other = [*text, "--last-context", "2", "--memory-capacity", "4"]
+    assert main("perplexity", *other, output=tmp_path / "out2", model=tmp_path / "memory") == 2
+    assert 'model.last_context is "3" there and "2" here' in capsys.readouterr().err
     assert main("perplexity", *text, "--last-context", "2", output=tmp_path / "none") == 2
     assert "--last-context: the model has no memory layers. Leave it out." in capsys.readouterr().err
 
@@ -135,7 +135,7 @@ def test_windows_of_memory_layers_belong_to_the_results(main, haystack, tmp_path
     ("arguments", "message"),
     [
         (["neddle"], "there is no evaluation 'neddle'. Did you mean needle?"),
-        (["ruler"], "there is no evaluation 'ruler'. There are needle, multi-needle, passkey, perplexity"),
+        (["ruler"], "there is no evaluation 'ruler'. There are needle, multi-needle, passkey, dictionary, perplexity"),
         (["--model", "x"], "the name of an evaluation comes first: needle, "),
         (["needle"], "the following arguments are required: --model, --output. See python -m megayoco.evaluate needle"),
         (["needle", "--model", "m", "--output", "o", "--depth", "1"], "unrecognized arguments: --depth 1"),
