@@ -230,7 +230,7 @@ class InferenceModel:
         """The value of the replica's lead, on all its ranks: for what a user typed, or a random seed."""
         if self.topology is None:
             return value
-        group = self.topology.model_group
+        group: Any = self.topology.model_group
         if self.memory.shared:
             group = dist.group.WORLD  # all ranks are one replica
         if group.size() == 1:
