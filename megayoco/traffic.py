@@ -3,14 +3,16 @@
 A collective counts as what the usual algorithms put on the wire of one rank: an all-gather of n bytes per rank over P
 ranks n (P - 1), a reduce-scatter to n bytes per rank the same, an all-reduce of n bytes 2 n (P - 1) / P, a message
 its size. Counted is what the model needs to run over several ranks, that is everything on the tensor, sequence and
-pipeline axes; gradients and parameters over the data axis are DeepSpeed's own and are not.
+pipeline axes, and what replicas show one another; gradients and parameters over the data axis are DeepSpeed's own and
+are not.
 
     sequence/halo, sequence/state               what mixers of the self-decoder ask of the ranks to the left
-    sequence/shared_kv, sequence/kv             keys and values: the shared ones, those of a full-attention layer
+    sequence/shared_kv, sequence/kv             keys and values: the shared ones, those of a full or memory layer
     sequence/..._gradient                       the same, backward
     tensor/output, tensor/gradient              sums of a layer's outputs and of its input's gradient
     tensor/loss, tensor/logits                  the head over a cut vocabulary
     tensor/weight_gradient                      weights of key-value heads that several ranks hold
+    data/negatives                              keys and values of a memory layer for the next replica
     pipeline/activations, pipeline/gradient     what goes to the next stage and comes back
 """
 

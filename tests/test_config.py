@@ -299,7 +299,6 @@ MEMORY = {"memory_layers": [0], "memory_window": 64}
         ({"sequence": 8}, {}, "4 processes cannot be split into pipeline 1 x sequence 8 x tensor 1 = 8"),
         ({"bands": 2}, {"pattern": "llama"}, "parallel.bands is 2, but in the llama pattern"),
         ({"tensor": 8}, {}, "4 processes cannot be split"),
-        ({"sequence": 2}, MEMORY, "parallel.sequence is 2, but layers with memory (model.memory_layers) cannot share"),
         (
             {"bands": 2},
             MEMORY,
@@ -332,6 +331,22 @@ def test_what_memory_layers_cannot_train_is_refused(run_yaml):
         "phases.0.sequence_length 100 is no multiple of model.memory_window 64, which cross_batch needs: use 128"
         in (refusal(run_yaml(), *memory, "phases.0.cross_batch.range=3", "phases.0.sequence_length=100"))
     )
+    shared = ["parallel.sequence=2", "phases.0.sequence_length=192"]
+    load_config(run_yaml(), [*memory, *shared[:1]])
+    assert (
+        "phases.0.sequence_length 192 leaves no whole windows of model.memory_window 64 to each of parallel.sequence 2"
+        " ranks: use 256" in refusal(run_yaml(), *memory, *shared)
+    )
+    rows = ["phases.0.loss=row_mean", "phases.0.sequence_length=192"]
+    assert "memory_window 64, which loss row_mean needs: use 64" in refusal(
+        run_yaml(), *memory, rows[0], "phases.0.sequence_length=40"
+    )
+    assert (load_config(run_yaml(), [*memory, *rows]).row_length(0), load_config(run_yaml(), rows).row_length(0)) == (
+        64,
+        192,
+    )
+    assert load_config(run_yaml(), memory).row_length(0) is None
+    assert "negatives" in refusal(run_yaml(), *memory, "phases.0.cross_batch={range: 3, negatives: far}")
     assert "phases.0.cross_batch trains memory layers" in refusal(run_yaml(), "phases.0.cross_batch.range=3")
     assert "range" in refusal(run_yaml(), *memory, "phases.0.cross_batch.range=-1")
     documents = refusal(run_yaml(), *memory, "data.document_mask=true")

@@ -64,8 +64,8 @@ class ModelConfig:
     memory_layers: tuple[NonNegativeInt, ...] = ()
     """Numbers, from 0, of the layers with memory attention (LongLLaMA): a query sees its own window of `memory_window`
     tokens and everything before that window, whose keys carry no position. YOCO: layers of the self-decoder. In the
-    LLaMA pattern all other layers then see their own window only. Cannot be combined with `data.document_mask`,
-    `parallel.sequence` or bands."""
+    LLaMA pattern all other layers then see their own window only. Cannot be combined with `data.document_mask` or
+    bands; `parallel.sequence` needs whole windows on every rank."""
 
     memory_window: PositiveInt | None = None
     """Tokens of a window of memory attention; windows follow one another from the first token of a sequence. Required

@@ -21,7 +21,7 @@ class ParallelConfig:
 
     sequence: PositiveInt = 1
     """Ranks that share every sequence, each with a part of its tokens; every sequence length divides by it times
-    `bands`."""
+    `bands`, with `model.memory_layers` into parts of whole windows."""
 
     bands: PositiveInt | Literal["auto"] = 1
     """Chunks per rank that a sequence is cut into and trained one after the other, exactly: more bands, less activation
@@ -63,11 +63,6 @@ class ParallelConfig:
             raise UserError(
                 f"model.kv_heads {kv_heads} can be neither split over nor replicated on parallel.tensor {self.tensor}:"
                 " one must divide the other. Change one of the two."
-            )
-        if self.sequence > 1 and model.memory_layers:
-            raise UserError(
-                f"parallel.sequence is {self.sequence}, but layers with memory (model.memory_layers) cannot share a"
-                " sequence over ranks. Set it to 1; tensor, pipeline and data parallelism work with them."
             )
         if self.pipeline > model.layers:
             raise UserError(

@@ -51,16 +51,22 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class CrossBatchConfig:
     """Cross-batch training of memory layers (Focused Transformer, arXiv 2307.03170): the memory of a window is the
-    windows before it in the micro-batch of its replica, of its own sample and of other ones, with their gradients. A
-    sample is a pack of `sequence_length / memory_window` windows. Validation, evaluation and generation ignore it."""
+    windows before it in the micro-batch, of its own sample and of other ones, with their gradients. A sample is a pack
+    of `sequence_length / memory_window` windows. Validation, evaluation and generation ignore it."""
 
     range: NonNegativeInt
     """Windows before its own that a window sees at most; 0: none. Those beyond its own sample are the distractors that
-    the training is named after; the first sample of a micro-batch has none before it."""
+    the training is named after."""
 
     stepping: bool = True
     """Whether only the last windows of a sample see all of `range`: window p of a sample of k sees at most
     p * ceil((range + 1) / (k - 1)), the first one nothing."""
+
+    negatives: Literal["micro_batch", "neighbour"] = "micro_batch"
+    """Where windows before the first sample of a micro-batch come from. `micro_batch`: nowhere. `neighbour`: from the
+    last windows of the data-parallel replica before, so that the replicas together train as one with the micro-batches
+    of all of them in one; the first replica has none. What is trained then depends on `micro_batch_size` times the
+    number of replicas."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -118,6 +124,11 @@ class PhaseConfig:
 
     cross_batch: CrossBatchConfig | None = None
     """Cross-batch training of `model.memory_layers`. Default: a window sees all earlier windows of its own sample."""
+
+    loss: Literal["token_mean", "row_mean"] = "token_mean"
+    """What is minimised. `token_mean`: the mean over all targets of a step. `row_mean`: the mean over rows of the mean
+    over their targets, so that rows with few targets weigh as much as others; a row without any counts with 0. A row is
+    a window of `model.memory_window` tokens, without memory layers a sample. Validation is per target either way."""
 
     data: PhaseDataConfig | None = None
     """Data of this phase where it differs from the run's."""
@@ -347,10 +358,21 @@ class RunConfig:
                 f"{self.parallel.sequence} cannot hide the padding of data.tuning from model.memory_layers: use 1, or"
                 " set random_padding to false",
             )
-        if phase.cross_batch is not None and phase.sequence_length % window:
+        ranks = self.parallel.sequence
+        unit = ranks * window
+        if ranks > 1 and phase.sequence_length % unit:
             refuse(
                 f"phases.{number}.sequence_length",
-                f"{phase.sequence_length} is no multiple of model.memory_window {window}, which cross_batch needs:"
+                f"{phase.sequence_length} leaves no whole windows of model.memory_window {window} to each of"
+                f" parallel.sequence {ranks} ranks: use {-(-phase.sequence_length // unit) * unit}",
+            )
+        needs = (
+            "cross_batch" if phase.cross_batch is not None else "loss row_mean" if phase.loss == "row_mean" else None
+        )
+        if needs is not None and phase.sequence_length % window:
+            refuse(
+                f"phases.{number}.sequence_length",
+                f"{phase.sequence_length} is no multiple of model.memory_window {window}, which {needs} needs:"
                 f" use {-(-phase.sequence_length // window) * window}",
             )
 
@@ -365,6 +387,12 @@ class RunConfig:
         """Bands of phase number `phase`."""
         own = self.phases[phase].bands
         return self.parallel.bands if own is None else own
+
+    def row_length(self, phase: int) -> int | None:
+        """Tokens of a row of the loss of phase number `phase`; None where every target weighs the same."""
+        if self.phases[phase].loss == "token_mean":
+            return None
+        return self.model.memory_window or self.phases[phase].sequence_length
 
     def phase_rope_theta(self, phase: int) -> float:
         """Rotary base of phase number `phase`."""

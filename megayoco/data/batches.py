@@ -26,12 +26,14 @@ class MicroBatch(NamedTuple):
     """What one forward pass reads.
 
     tokens (b, T) int64; targets (b, T) int64, -100 where no loss is taken; document_starts (b, T) int64: index in the
-    sequence of the first token of each token's document, or None if documents are not told apart.
+    sequence of the first token of each token's document, or None if documents are not told apart; weights (b, T)
+    float: factors of the targets' losses, or None if each counts the same (the loader gives none).
     """
 
     tokens: Tensor
     targets: Tensor
     document_starts: Tensor | None
+    weights: Tensor | None = None
 
 
 class Batches:

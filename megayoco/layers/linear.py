@@ -70,6 +70,8 @@ class Builder:
     kv_replica_group: dist.ProcessGroup | None = None
     sequence: SequenceAxis | None = None
     """The ranks that share every sequence; None where one rank has all of it."""
+    replicas: SequenceAxis | None = None
+    """The replicas of this rank's place, in the order of their micro-batches; None where there is one."""
 
     @staticmethod
     def of(topology: Topology | None, seed: int, dtype: torch.dtype) -> Builder:
@@ -84,6 +86,7 @@ class Builder:
             topology.tensor_group,
             topology.kv_replica_group,
             SequenceAxis.of(topology),
+            SequenceAxis.of_replicas(topology),
         )
 
     def megatron(self) -> ModelParallelConfig:

@@ -8,6 +8,8 @@ Windows: index // W in training, counted from a row's first token; in inference 
         window for both.
 Left context: KeyValues, both (B, S - T, g, K), keys *not* rotated. With a memory of all tokens so far (or the last so
         many), which inference keeps in a KeyValueCache; without, of those of the window that the chunk begins in.
+Sequence axis: chunks are whole windows. Attention inside windows then asks nobody for anything; with a memory the keys
+        and values of all ranks are gathered.
 Source: Focused Transformer, arXiv 2307.03170, and the released code of LongLLaMA.
 """
 
@@ -29,6 +31,7 @@ from megayoco.ops.memory_attention import (
     memory_attention,
     memory_attention_over_context,
     window_segments,
+    windows_before,
 )
 from megayoco.ops.windows import Eviction, Windows
 from megayoco.parallel.collectives import sum_gradient
@@ -53,8 +56,6 @@ class MemoryAttention(nn.Module):
         builder: Builder,
     ) -> None:
         super().__init__()
-        if builder.sequence is not None:
-            raise ValueError("memory attention cannot share a sequence over ranks")
         self.head_dim = dim // heads
         self.local_kv_heads = max(kv_heads // builder.ranks, 1)
         self.memory_window = memory_window
@@ -63,6 +64,8 @@ class MemoryAttention(nn.Module):
         """Tokens that a context never exceeds; None: it grows."""
         self.rotary = rotary
         self.group = builder.group
+        self.sequence = builder.sequence if remembers else None
+        self.replicas = builder.replicas
         self.cross_batch: CrossBatchConfig | None = None
         """What the memory is in training (module.training); None: the windows before in the same sequence."""
         self.q_proj = ColumnLinear(dim, dim, f"{name}.q_proj", init, builder)
@@ -89,7 +92,7 @@ class MemoryAttention(nn.Module):
         if self.cross_batch is not None and self.training and isinstance(left, KeyValues):
             y_BThK = self._across_batch(q_BTD, own, positions, left, self.cross_batch)
             return self.out_proj(y_BThK.flatten(2)), own
-        seen = left.combine(own)
+        seen = self._seen(left, own)
         windows = self._windows(positions)
         y_BThK = self._attend(q_BTD, seen, positions, windows)
         right: KeyValues | KeyValueCache = seen
@@ -125,6 +128,14 @@ class MemoryAttention(nn.Module):
         q_BThK = self.rotary(q_BTD, places.queries) if twice else local_BThK
         return memory_attention_over_context(q_BThK, local_BThK, rotated, seen, segments, scale)
 
+    def _seen(self, left: KeyValues | KeyValueCache, own: KeyValues) -> KeyValues | KeyValueCache:
+        """What the chunk may attend to, its own keys and values last."""
+        if self.sequence is None:
+            return left.combine(own)
+        if isinstance(left, KeyValueCache) or left.key.shape[1]:
+            raise ValueError("a shared sequence with memory attention is taken at once: no context before it")
+        return self.sequence.gather_seen(own, "kv")
+
     def _across_batch(
         self,
         q_BTD: Tensor,
@@ -133,20 +144,41 @@ class MemoryAttention(nn.Module):
         left: KeyValues,
         cross_batch: CrossBatchConfig,
     ) -> Tensor:
-        """Cross-batch training: the sequences of the micro-batch as one, laid end to end."""
-        (B, T), W = q_BTD.shape[:2], self.memory_window
+        """Cross-batch training: the sequences of the micro-batch as one, laid end to end; with negatives of the
+        neighbouring replica behind its last windows."""
+        (B, T), W, axis = q_BTD.shape[:2], self.memory_window, self.sequence
+        rank, ranks = (0, 1) if axis is None else (axis.rank, axis.ranks)
+        positions.once(("whole", left.key.shape[1]), lambda: _check_whole(positions, left, rank * T))
         places = positions.once(("grid", W), lambda: Positions(positions.index % W))
         q_BThK = self.rotary(q_BTD, places)
-
-        def plan() -> list[Segment]:
-            if left.key.shape[1] or int(positions.index.min()) != 0:
-                raise ValueError("cross-batch training takes whole sequences: no context, and no padding, before them")
-            return cross_batch_segments(B, T, W, cross_batch.range, cross_batch.stepping)
-
-        segments = positions.once(("cross batch", B, W, cross_batch, left.key.shape[1]), plan)
         rotated = self.rotary(own.key.flatten(2), places)
-        q, rotated, key, value = (x.reshape(1, B * T, *x.shape[2:]) for x in (q_BThK, rotated, *own))
-        return memory_attention(q, rotated, key, value, segments, self.head_dim**-0.5).view_as(q_BThK)
+        memory = _end_to_end(own if axis is None else axis.gather(own))
+        before = 0
+        if self.replicas is not None and cross_batch.negatives == "neighbour":
+            reach = windows_before(T * ranks // W, cross_batch.range, cross_batch.stepping) * W
+            negatives = self.replicas.before(memory, reach, "data/negatives")
+            before, memory = negatives.key.shape[1] // W, negatives.followed_by(memory)
+        if axis is not None:  # the local keys are the last ones, and this rank's windows lie apart
+            memory = memory.combine(_end_to_end(own))
+        segments = positions.once(
+            ("cross batch", B, W, cross_batch),
+            lambda: cross_batch_segments(
+                B, T * ranks, W, cross_batch.range, cross_batch.stepping, before=before, rank=rank, ranks=ranks
+            ),
+        )
+        q, rotated = (x.reshape(1, B * T, *x.shape[2:]) for x in (q_BThK, rotated))
+        return memory_attention(q, rotated, *memory, segments, self.head_dim**-0.5).view_as(q_BThK)
+
+
+def _check_whole(positions: Positions, left: KeyValues, first: int) -> bool:
+    if left.key.shape[1] or int(positions.index.min()) != first:
+        raise ValueError("cross-batch training takes whole sequences: no context, and no padding, before them")
+    return True
+
+
+def _end_to_end(x: KeyValues) -> KeyValues:
+    """(B, N, g, K) -> (1, B N, g, K)."""
+    return KeyValues(*(part.reshape(1, -1, *part.shape[2:]) for part in x))
 
 
 def _check(positions: Positions) -> bool:

@@ -105,7 +105,13 @@ class Stage:
 
 
 def banded_loss(
-    stage: Stage, bands: Bands, inputs: Tensor, targets: Tensor, starts: Tensor | None, shared: KeyValues | None = None
+    stage: Stage,
+    bands: Bands,
+    inputs: Tensor,
+    targets: Tensor,
+    starts: Tensor | None,
+    shared: KeyValues | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss of whole sequences on a stage that ends with the head.
 
@@ -115,9 +121,10 @@ def banded_loss(
         targets: (B, T) int64, -100 where none is learned.
         starts: (B, T) int64, global index of the first token of each token's document; None: no borders.
         shared: this rank's shared keys and values (B, T, g, K), where they were made on an earlier stage.
+        weights: (B, T) floating point, factors of the targets' losses; None: 1.
 
     Returns:
-        Sum of the losses over this rank's targets (fp32 or wider) and their number (int64), both 0-d.
+        Weighted sum of the losses over this rank's targets (fp32 or wider) and their number (int64), both 0-d.
 
     Raises:
         ValueError: T is no multiple of the number of bands.
@@ -125,11 +132,12 @@ def banded_loss(
     count = (targets != IGNORED).sum()
     if not torch.is_grad_enabled():
         with whole_parameters(stage.parameters(), stage.modules()):
-            walk = _Walk(stage, bands, inputs, starts, shared)
+            walk = _Walk(stage, bands, inputs, starts, shared, weights)
             return walk.evaluate(targets), count
     key, value = (None, None) if shared is None else shared
     with whole_parameters(stage.parameters(), stage.modules()):
-        loss: Tensor = _BandedLoss.apply(stage, bands, targets, starts, inputs, key, value, *stage.parameters())  # type: ignore[no-untyped-call]
+        parameters = stage.parameters()
+        loss: Tensor = _BandedLoss.apply(stage, bands, targets, weights, starts, inputs, key, value, *parameters)  # type: ignore[no-untyped-call]
     return loss, count
 
 
@@ -157,6 +165,7 @@ class _BandedLoss(torch.autograd.Function):
         stage: Stage,
         bands: Bands,
         targets: Tensor,
+        weights: Tensor | None,
         starts: Tensor | None,
         inputs: Tensor,
         key: Tensor | None,
@@ -164,7 +173,7 @@ class _BandedLoss(torch.autograd.Function):
         *parameters: nn.Parameter,
     ) -> Tensor:
         shared = None if key is None or value is None else KeyValues(key, value)
-        walk = _Walk(stage, bands, inputs, starts, shared)
+        walk = _Walk(stage, bands, inputs, starts, shared, weights)
         loss = walk.loss(targets)
         ctx.stage = stage
         ctx.gradients = [walk.input_gradient, *walk.shared_gradient, *walk.parameter_gradients(parameters)]
@@ -178,7 +187,7 @@ class _BandedLoss(torch.autograd.Function):
             raise RuntimeError("the gradients of a banded loss were handed out already: backward runs once")
         gradients, ctx.gradients = ctx.gradients, None
         whole_until_the_end_of_backward(ctx.stage.parameters())
-        return None, None, None, None, *_rounded(gradients, ctx.dtypes, dloss)
+        return None, None, None, None, None, *_rounded(gradients, ctx.dtypes, dloss)
 
 
 class _BandedStage(torch.autograd.Function):
@@ -215,14 +224,20 @@ class _Walk:
     """One micro-batch on its way through the bands of one stage."""
 
     def __init__(
-        self, stage: Stage, bands: Bands, inputs: Tensor, starts: Tensor | None, shared: KeyValues | None
+        self,
+        stage: Stage,
+        bands: Bands,
+        inputs: Tensor,
+        starts: Tensor | None,
+        shared: KeyValues | None,
+        weights: Tensor | None = None,
     ) -> None:
         B, T = inputs.shape[:2]
         if T % bands.count:
             raise ValueError(f"{T} tokens of a rank do not divide into {bands.count} bands")
         self.stage, self.bands, self.chunk = stage, bands, T // bands.count
         self.inputs, self.shared = inputs.detach(), None if shared is None else KeyValues(*(x.detach() for x in shared))
-        self.starts = starts
+        self.starts, self.weights = starts, weights
         self.rows = bands.rows or (ROWS_CPU if inputs.device.type == "cpu" else ROWS)
         self.dtype: torch.dtype = inputs.dtype
         if stage.embed is not None:
@@ -252,9 +267,9 @@ class _Walk:
             hidden, made, left = self._self_half(b, self._input(b), left)
             self._publish(b, made, gradients=False)
             self._wait()
-            for chosen, wanted in self._target_blocks(rows[b], targets[:, self._at(b)]):
+            for chosen, wanted, weights in self._target_blocks(b, rows[b], targets):
                 x, _ = self._cross_half(b, hidden, chosen)
-                total += self._head(x, wanted)
+                total += self._head(x, wanted, weights)
         return total
 
     def loss(self, targets: Tensor) -> Tensor:
@@ -450,10 +465,10 @@ class _Walk:
         """Loss of a band and the gradient of its hidden states, None where no row carries a target."""
         total, gradient = self._zero(), None
         parameters = [p for p in self.stage.cross_parameters() if p.requires_grad]
-        for chosen, wanted in self._target_blocks(rows, targets[:, self._at(b)]):
+        for chosen, wanted, weights in self._target_blocks(b, rows, targets):
             with torch.enable_grad():
                 x, leaf = self._cross_half(b, hidden, chosen)
-                loss = self._head(x, wanted)
+                loss = self._head(x, wanted, weights)
             found = torch.autograd.grad(loss, [leaf, *parameters], allow_unused=True)
             self._add(parameters, found[1:])
             total += loss.detach()
@@ -481,22 +496,27 @@ class _Walk:
         for start in range(0, self.chunk, self.rows):
             yield slice(start, min(start + self.rows, self.chunk))
 
-    def _target_blocks(self, rows: Tensor | None, targets: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
-        """Blocks of at most R rows of a chunk that carry targets, with those targets (B, rows)."""
+    def _target_blocks(
+        self, b: int, rows: Tensor | None, targets: Tensor
+    ) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
+        """Blocks of at most R rows of a band's chunk that carry targets, with those of `targets` and their weights
+        (B, rows)."""
+        targets, weights = targets[:, self._at(b)], None if self.weights is None else self.weights[:, self._at(b)]
         if rows is None:
             for block in self._all_blocks():
-                yield block, targets[:, block]
+                yield block, targets[:, block], None if weights is None else weights[:, block]
             return
         if rows.shape[1] == 0:
             return
         wanted = targets.gather(1, rows)
         repeated = rows[:, 1:] == rows[:, :-1]  # padding: its loss counts once
         wanted[:, 1:].masked_fill_(repeated, IGNORED)
-        yield from zip(rows.split(self.rows, 1), wanted.split(self.rows, 1), strict=True)
+        for block, some in zip(rows.split(self.rows, 1), wanted.split(self.rows, 1), strict=True):
+            yield block, some, None if weights is None else weights.gather(1, block)
 
-    def _head(self, x: Tensor, targets: Tensor) -> Tensor:
+    def _head(self, x: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         assert self.stage.head is not None
-        return self.stage.head(x, targets)[0]  # type: ignore[no-any-return]
+        return self.stage.head(x, targets, weights)[0]  # type: ignore[no-any-return]
 
     # -- the store of shared keys and values -------------------------------------------------------------------------
 

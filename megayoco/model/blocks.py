@@ -80,18 +80,23 @@ class Head(nn.Module):
             builder.finish(self.weight, "lm_head.weight", shard, _matrix_init(model, model.dim))
         self.first_row = builder.rank * (model.vocab_size // builder.ranks)
 
-    def forward(self, x: Tensor, targets: Tensor | None) -> Any:
-        """x (B, T, D); targets (B, T) int64 with -100 for none.
+    def forward(self, x: Tensor, targets: Tensor | None, weights: Tensor | None = None) -> Any:
+        """x (B, T, D); targets (B, T) int64 with -100 for none; weights (B, T) of their losses, None: 1 each.
 
-        Returns the sum of losses over the targets (fp32, 0-d) and their number (int64, 0-d), equal on every tensor
-        rank; without targets the logits (B, T, V) of the whole vocabulary.
+        Returns the weighted sum of losses over the targets (fp32, 0-d) and their number (int64, 0-d), equal on every
+        tensor rank; without targets the logits (B, T, V) of the whole vocabulary.
         """
         x = self.norm(x)
         if targets is None:
             return gather_last_dim(F.linear(x, self.weight), self.group)
         group = self.group if self.ranks > 1 else None
         return linear_cross_entropy(
-            x.flatten(0, 1), self.weight, targets.flatten(), group=group, rank_offset=self.first_row
+            x.flatten(0, 1),
+            self.weight,
+            targets.flatten(),
+            weights=None if weights is None else weights.flatten(),
+            group=group,
+            rank_offset=self.first_row,
         )
 
     def token_losses(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

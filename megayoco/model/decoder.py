@@ -51,7 +51,13 @@ class Decoder(nn.Module):
             self.self_layers = len(self.layers)
         self.head = Head(model, builder, tied=self.embed_tokens if model.tie_embeddings else None)
 
-    def forward(self, tokens: Tensor, targets: Tensor, document_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        document_starts: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Loss of whole sequences, in the bands that `set_bands` asked for.
 
         Args:
@@ -59,13 +65,14 @@ class Decoder(nn.Module):
             targets: (B, T) int64, the next token of each position, -100 where none is learned.
             document_starts: (B, T) int64, index in the sequence of the first token of each token's document; None: no
                 borders.
+            weights: (B, T) floating point, factors of the targets' losses; None: 1.
 
         Returns:
-            Sum of the losses over these targets (fp32, float64 for a float64 model) and their number (int64), both 0-d
-            and equal on every tensor rank.
+            Weighted sum of the losses over these targets (fp32, float64 for a float64 model) and their number (int64),
+            both 0-d and equal on every tensor rank.
         """
         if self.bands.count > 1:
-            return banded_loss(self.stage(), self.bands, tokens, targets, document_starts)
+            return banded_loss(self.stage(), self.bands, tokens, targets, document_starts, weights=weights)
         x = self.embed_tokens(tokens)
         offset = self.bands.offset(0, tokens.shape[1])
         positions = Positions.of_chunk(offset, tokens.shape[1], tokens.device, document_starts)
@@ -73,7 +80,7 @@ class Decoder(nn.Module):
         if self.shared_kv is not None and self.bands.axis is not None:
             left = self.bands.axis.gather_seen(left)
         x = self._cross_half(x, positions, left)
-        return self.head(x, targets)  # type: ignore[no-any-return]
+        return self.head(x, targets, weights)  # type: ignore[no-any-return]
 
     def set_bands(self, count: int, order: str = "fused") -> None:
         """Cuts sequences into so many bands from now on (model/bands.py). Raises ValueError unless the shared keys

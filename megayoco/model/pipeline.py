@@ -268,15 +268,17 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # DeepSpeed is unt
     def _head(self) -> Head:
         return self.forward_funcs[-1].head  # type: ignore[no-any-return]
 
-    def _loss(self, hidden: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-        """Labels: targets (B, T) int64 and the 0-d factor that turns the sum of losses into the engine's loss."""
-        targets, scale = labels
+    def _loss(self, hidden: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+        """Labels: targets (B, T) int64, the 0-d factor that turns the sum of losses into the engine's loss, and the
+        weights of the losses (B, T) where they have some."""
+        targets, scale, *rest = labels
+        weights = rest[0] if rest else None
         if self.bands.count > 1:  # `hidden` is what the stage received
             flow = self._received(hidden)
             start = flow.positions.start
-            loss_sum, _ = banded_loss(self.stage(), self.bands, flow.hidden, targets, start, flow.shared)
+            loss_sum, _ = banded_loss(self.stage(), self.bands, flow.hidden, targets, start, flow.shared, weights)
         else:
-            loss_sum, _ = self._head()(hidden, targets)
+            loss_sum, _ = self._head()(hidden, targets, weights)
         return loss_sum * scale
 
 
@@ -354,9 +356,10 @@ def build_pipeline(
 ) -> PipelineDecoder:
     """The pipeline stage of this rank.
 
-    A micro-batch of the engine is `((tokens[, document_starts]), (targets, scale))`: tokens, starts, targets (B, T)
-    int64, on a sequence axis those of this rank, -100 in targets for none; the engine's loss is the sum of losses times
-    `scale` (0-d, float). With `documents` every micro-batch must carry document starts.
+    A micro-batch of the engine is `((tokens[, document_starts]), (targets, scale[, weights]))`: tokens, starts, targets
+    (B, T) int64, on a sequence axis those of this rank, -100 in targets for none; the engine's loss is the sum of
+    losses, weighted by `weights` (B, T, float), times `scale` (0-d, float). With `documents` every micro-batch must
+    carry document starts.
     """
     builder = Builder.of(topology, seed, dtype)
     return PipelineDecoder(

@@ -32,6 +32,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
+    weights: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     rank_offset: int = 0,
     chunk_tokens: int | None = None,
@@ -42,13 +43,15 @@ def linear_cross_entropy(
         x: (M, D), the same on every rank of the group.
         weight: (V, D), the same dtype: this rank's rows of the output matrix, as many on every rank.
         targets: (M,) int64, the same on every rank: entries of the whole vocabulary, -100 for tokens without loss.
+        weights: (M,) floating-point factors of the tokens' losses, the same on every rank, without gradient; None: 1.
         group: ranks that share the vocabulary; None: this rank has all of it.
         rank_offset: vocabulary entry of this rank's first row.
         chunk_tokens: tokens whose logits exist at a time; None: at most 512 tokens and 64 MiB of fp32 logits on CPU.
 
     Returns:
         loss_sum, 0-d fp32 (float64 for float64 inputs), and count, 0-d int64, of the tokens with loss; both the same on
-        every rank. Divide by the count of the whole batch: a mean taken here would weigh ranks unevenly.
+        every rank. Divide by the count of the whole batch (or what its weights add up to): a mean taken here would
+        weigh ranks unevenly.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or a target lies outside the vocabulary (on CUDA the latter is a
@@ -59,6 +62,8 @@ def linear_cross_entropy(
     gradient of x is summed over the group inside, once, so x needs no all-reducing copy in front.
     """
     _check_shapes(x, weight, targets)
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(f"expected a weight for each of {targets.shape[0]} targets, got {tuple(weights.shape)}")
     size = 1 if group is None else dist.get_world_size(group)
     if not 0 <= rank_offset <= (size - 1) * weight.shape[0]:
         raise ValueError(f"rank_offset {rank_offset} does not fit {size} ranks with {weight.shape[0]} rows each")
@@ -70,16 +75,33 @@ def linear_cross_entropy(
     differentiate = torch.is_grad_enabled()
     wanted = (differentiate and x.requires_grad, differentiate and weight.requires_grad)
     group = group if size > 1 else None
-    loss = _LinearCrossEntropy.apply(x, weight, targets, group, rank_offset, chunk_tokens, wanted)
+    loss = _LinearCrossEntropy.apply(x, weight, targets, weights, group, rank_offset, chunk_tokens, wanted)
     return loss, (targets != IGNORED).sum()
 
 
-def linear_cross_entropy_naive(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy_naive(
+    x: Tensor, weight: Tensor, targets: Tensor, *, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The same with all logits at once: the reference."""
     logits = x @ weight.t()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    return loss, (targets != IGNORED).sum()
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    return (losses if weights is None else losses * weights).sum(), (targets != IGNORED).sum()
+
+
+def row_weights(targets: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Factors with which the sum of losses is a sum of the means of rows of `length` tokens.
+
+    Args:
+        targets: (B, T) int64 of whole rows, -100 for tokens without loss.
+        length: tokens of a row; T is a multiple of it.
+
+    Returns:
+        (B, T): 1 / the number of targets of the token's row. A row without any counts with a loss of 0, as in the
+        released code of Focused Transformer.
+    """
+    counts = (targets.unflatten(1, (-1, length)) != IGNORED).sum(-1, keepdim=True).clamp(min=1)
+    return (1 / counts.to(dtype)).expand(-1, -1, length).flatten(1)
 
 
 @torch.no_grad()
@@ -173,7 +195,8 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(x, weight, targets, group, rank_offset, chunk_tokens, wanted) -> loss_sum; gradients are made in forward.
+    """(x, weight, targets, weights, group, rank_offset, chunk_tokens, wanted) -> loss_sum; gradients are made in
+    forward.
 
     All ranks of the group see the same targets, hence the same chunks and the same number of collectives.
     """
@@ -184,6 +207,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         targets: Tensor,
+        weights: Tensor | None,
         group: dist.ProcessGroup | None,
         rank_offset: int,
         chunk_tokens: int,
@@ -195,15 +219,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if x.device.type == "cpu" and bool((targets == IGNORED).any()):
             rows = (targets != IGNORED).nonzero().squeeze(1)
             x_kept, targets = x[rows], targets[rows]
+            weights = None if weights is None else weights[rows]
         else:
             x_kept = x
         dx = torch.empty_like(x_kept, memory_format=torch.contiguous_format) if wanted[0] else None
         dweight = torch.zeros_like(weight, dtype=accumulator) if wanted[1] else None
         loss = torch.zeros((), dtype=accumulator, device=x.device)
+        weights = None if weights is None else weights.to(accumulator)
         for start in range(0, x_kept.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             dx_part = None if dx is None else dx[part]
-            loss_part, dweight = _chunk(x_kept[part], weight, targets[part], group, rank_offset, dx_part, dweight)
+            factors = None if weights is None else weights[part]
+            loss_part, dweight = _chunk(
+                x_kept[part], weight, targets[part], factors, group, rank_offset, dx_part, dweight
+            )
             loss += loss_part
         if dx is not None and group is not None:
             TRAFFIC.all_reduce("tensor/gradient", dx, group.size())
@@ -224,13 +253,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx.mul_(dloss)
         if dweight is not None:
             dweight = dweight.mul_(dloss).to(ctx.weight_dtype)
-        return dx, dweight, None, None, None, None, None
+        return dx, dweight, None, None, None, None, None, None
 
 
 def _chunk(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
+    factors: Tensor | None,
     group: dist.ProcessGroup | None,
     rank_offset: int,
     dx: Tensor | None,
@@ -256,12 +286,14 @@ def _chunk(
         TRAFFIC.all_reduce("tensor/loss", sums, group.size())
         dist.all_reduce(sums, group=group)
     total, target = sums
-    loss = (total.log() + maximum - target).masked_fill(~has_loss, 0).sum()
+    losses = (total.log() + maximum - target).masked_fill(~has_loss, 0)
+    factors = has_loss.to(losses.dtype) if factors is None else factors * has_loss
+    loss = (losses * factors).sum()
     if dx is None and dweight is None:
         return loss, None
 
     # (softmax - onehot) = dlogits * scale. The scale goes to the thin factors: one pass less over (chunk x V).
-    scale = (has_loss / total)[:, None]
+    scale = (factors / total)[:, None]
     dlogits = logits.scatter_add_(1, column, -(total * mine)[:, None])
     if low is not None:
         torch.mul(dlogits, scale, out=low)

@@ -44,28 +44,60 @@ Nearest = Callable[[Tensor, slice, slice], tuple[Tensor, Tensor] | None]
 fp32 or wider. None: all of them are to be read."""
 
 
-def cross_batch_segments(samples: int, length: int, window: int, reach: int, stepping: bool) -> list[Segment]:
+def cross_batch_segments(
+    samples: int,
+    length: int,
+    window: int,
+    reach: int,
+    stepping: bool,
+    *,
+    before: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> list[Segment]:
     """The segments of cross-batch training, for `samples` sequences of `length` tokens laid end to end.
 
     Window number i of all sees the windows i - 1, ..., i - (n_i - 1) before it, of its own sequence and of others, with
     n_i as in the released code (FoT, "cross-batch"): n = reach + 1; with stepping and k > 1 windows per sequence at
     most (i mod k) ceil(n / (k - 1)) + 1; never more than there are.
 
+    Args:
+        before: windows of other micro-batches, whose keys come before those of the samples.
+        rank, ranks: the queries are this rank's part of every sample, one of `ranks` equal ones. With several parts the
+            keys of all samples are followed by those of the queries once more, which are then the local ones.
+
     Raises:
-        ValueError: length is no multiple of window.
+        ValueError: length is no multiple of window, or a rank's part of it is none.
     """
-    if length % window:
-        raise ValueError(f"sequences of {length} tokens are no packs of windows of {window}")
+    if length % (window * ranks):
+        parts = f" in {ranks} parts" if ranks > 1 else ""
+        raise ValueError(f"sequences of {length} tokens are no packs of windows of {window}{parts}")
     pack = length // window
+    share = pack // ranks
+    own_at = (before + (samples * pack if ranks > 1 else 0)) * window
     segments = []
-    for i in range(samples * pack):
-        seen = reach
-        if stepping and pack > 1:
-            seen = min(i % pack * -(-(reach + 1) // (pack - 1)), reach)
-        seen = min(seen, i)
-        own = slice(i * window, (i + 1) * window)
-        segments.append(Segment(own, own, slice((i - seen) * window, i * window) if seen else NOTHING))
+    for number in range(samples * share):
+        sample, place = divmod(number, share)
+        place += rank * share
+        i = before + sample * pack + place
+        seen = min(_windows_seen(place, pack, reach, stepping), i)
+        rows = slice(number * window, (number + 1) * window)
+        memory = slice((i - seen) * window, i * window) if seen else NOTHING
+        segments.append(Segment(rows, _moved(rows, own_at), memory))
     return segments
+
+
+def windows_before(pack: int, reach: int, stepping: bool) -> int:
+    """How many windows before the first sample of a micro-batch its windows see at most, in cross-batch training with
+    samples of `pack` windows."""
+    return max(max(_windows_seen(place, pack, reach, stepping) - place, 0) for place in range(pack))
+
+
+def _windows_seen(place: int, pack: int, reach: int, stepping: bool) -> int:
+    """n_i - 1 of the window at this place of its sample, where there are as many before it."""
+    if stepping and pack > 1:
+        return min(place * -(-(reach + 1) // (pack - 1)), reach)
+    return reach
 
 
 def memory_attention(

@@ -7,7 +7,11 @@ of the bands before, and from the other ranks' part of this band.
 
     window      halo     the last W-1 keys and values, from as many left neighbours as hold them
     retention   prefix   one all-gather of (state, log-decay), combined locally
-    shared keys gather   every rank's keys and values, once for all cross layers; full attention: once per layer
+    shared keys gather   every rank's keys and values, once for all cross layers; full and memory attention: once per
+                         layer
+
+Replicas whose micro-batches are laid end to end (cross-batch training of memory layers) are such an axis too, with
+windows of samples in place of tokens of one sequence: `before` is the halo without a carry.
 
 Each has its adjoint: gradients travel back to the ranks whose tokens were read, and are summed there in fp32. The
 collectives of a layer are the same, in the same order, on all ranks, forward and backward: nothing is left out because
@@ -50,6 +54,13 @@ class SequenceAxis:
             return None
         return SequenceAxis(topology.sequence_group, topology.sequence_rank, topology.sequence)
 
+    @staticmethod
+    def of_replicas(topology: Topology) -> SequenceAxis | None:
+        """The replicas of this rank's place, whose micro-batches follow one another; None where there is one."""
+        if topology.data == 1:
+            return None
+        return SequenceAxis(topology.data_group, topology.data_rank, topology.data)
+
     def halo(self, carry: KeyValues, local: KeyValues, reach: int) -> tuple[KeyValues, KeyValues]:
         """The last keys and values before this rank's chunk. Collective, point to point.
 
@@ -68,6 +79,14 @@ class SequenceAxis:
         tail = local.last(reach)
         key, value = _Halo.apply(_Reach(self, carry.key.shape[1], C, reach), *carry, *tail)  # type: ignore[no-untyped-call]
         return KeyValues(key, value), carry.combine(local).last(self._kept(C, reach))
+
+    def before(self, local: KeyValues, reach: int, kind: str) -> KeyValues:
+        """The last `reach` keys and values before this rank's chunk, or as many as there are, where no band came
+        before. Arguments, gradients and duties as of `halo`; `kind` is the purpose that the bytes are counted under."""
+        B, C, g, K = local.key.shape
+        none = KeyValues.empty(B, g, K, local.key.dtype, local.key.device)
+        plan = _Reach(self, 0, C, reach, kind)
+        return KeyValues(*_Halo.apply(plan, *none, *local.last(reach)))  # type: ignore[no-untyped-call]
 
     def prefix(self, carry: RetentionState, local: RetentionState) -> tuple[RetentionState, RetentionState]:
         """The state before this rank's chunk. Collective: one all-gather.
@@ -232,6 +251,8 @@ class _Reach:
     carried: int
     length: int
     reach: int
+    kind: str = "sequence/halo"
+    """The purpose that the bytes are counted under."""
 
     @property
     def hops(self) -> int:
@@ -271,7 +292,7 @@ class _Halo(torch.autograd.Function):
             outgoing[hop] = torch.stack([x[:, at] for x in own[carried]])
         B, _, g, K = key.shape
         incoming = {hop: key.new_empty(2, B, plan.tokens(plan.axis.rank, hop), g, K) for hop, _ in _senders(plan)}
-        _exchange(plan.axis, "sequence/halo", outgoing, incoming, step=1)
+        _exchange(plan.axis, plan.kind, outgoing, incoming, step=1)
         # hops count to the left: the farthest comes first
         pieces = [incoming[hop] for hop in sorted(incoming, reverse=True)]
         left = torch.cat(pieces, 2) if pieces else key.new_empty(2, B, 0, g, K)
@@ -289,7 +310,7 @@ class _Halo(torch.autograd.Function):
             end = start
         B, _, g, K = ctx.shape
         incoming = {hop: dleft.new_empty(2, B, plan.tokens(to, hop), g, K) for hop, to in _receivers(plan)}
-        _exchange(plan.axis, "sequence/halo_gradient", outgoing, incoming, step=-1)
+        _exchange(plan.axis, f"{plan.kind}_gradient", outgoing, incoming, step=-1)
         # several ranks may have read the same token
         wide = torch.promote_types(ctx.dtype, torch.float32)
         sums = {

@@ -15,7 +15,9 @@ A layer keeps for each token (numbers of w bytes; its input x is the residual st
     retention           8 D/t         q, k, v, output, its norm, g, silu(g), their product
     window              4 D/t         q, k, v, output; before them the W-1 keys and values of the left context
     full                2 D/t + 2 GK/t   the same; with P > 1 the keys and values of all N tokens
-    memory              2 D/t + 3 GK/t   q, output; keys, rotated keys, values
+    memory              2 D/t + 3 GK/t   q, output; keys, rotated keys, values; with P > 1 the keys and values of all N
+                                         tokens, in cross-batch training this rank's behind them and another replica's
+                                         before them
     block               2 D/t + 2 GK/t   the same without memory: rotated keys, values
     cross               2 D/t         q, output
     shared_kv           D + 2 GK/t    norm, keys, values
@@ -33,10 +35,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from megayoco.config import ModelConfig
+from megayoco.config import CrossBatchConfig, ModelConfig
 from megayoco.model.bands import ROWS, ROWS_CPU
 from megayoco.ops import cross_entropy, retention
 from megayoco.ops.attention_store import KEYS_PER_SLICE, KEYS_PER_SLICE_CUDA
+from megayoco.ops.memory_attention import windows_before
 
 SELF_LAYERS = ("retention", "window", "full", "memory", "block")
 
@@ -61,6 +64,9 @@ class Work:
     order: str = "fused"
     checkpointing: bool = False
     gpu: bool = False
+    cross_batch: CrossBatchConfig | None = None
+    replicas: int = 1
+    """Data-parallel ranks, which hand on negatives."""
 
     @property
     def wide(self) -> int:
@@ -87,6 +93,15 @@ class Work:
         """Numbers of a key of memory attention on one tensor rank."""
         heads, kv_heads = self.model.memory_heads
         return max(kv_heads // self.tensor, 1) * (self.model.dim // heads)
+
+    @property
+    def negatives(self) -> int:
+        """Tokens of other replicas that a memory layer gets: those of the replica that gets most."""
+        cross, window = self.cross_batch, self.model.memory_window
+        if cross is None or cross.negatives != "neighbour" or window is None:
+            return 0
+        asked = windows_before(self.length // window, cross.range, cross.stepping) * window
+        return min(asked, (self.replicas - 1) * self.batch * self.length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,14 +186,22 @@ def block_bytes(work: Work, kind: str, tokens: int) -> float:
         return kept + _rotary_bytes(work, tokens, model.self_head_dim, 2)
     if kind in ("memory", "block"):
         H = model.memory_heads[0] / t
-        tensors = 3 if kind == "memory" else 2
-        kept += rows * (2 * D / t * w + H * 4 + tensors * work.memory_kv_dim * w)
+        keys = 2 * _remembered(work, tokens) if kind == "memory" else rows
+        kept += rows * (2 * D / t * w + H * 4) + (keys + rows) * work.memory_kv_dim * w
         return kept + _rotary_bytes(work, tokens, model.dim // model.memory_heads[0], 2)
     H = model.heads / t
     kept += rows * (2 * D / t * w + H * 4) + _rotary_bytes(work, tokens, model.head_dim, 1)
     if kind == "full":
         kept += B * tokens * work.sequence * 2 * work.kv_dim * w
     return kept
+
+
+def _remembered(work: Work, tokens: int) -> int:
+    """Tokens of which a memory layer keeps raw keys and values: all ranks', in cross-batch training with its own behind
+    them, and those of another replica."""
+    own = work.batch * tokens
+    again = work.sequence > 1 and work.cross_batch is not None
+    return own * work.sequence + (own if again else 0) + work.negatives
 
 
 def _rotary_bytes(work: Work, tokens: int, head_dim: int, tensors: int) -> float:
@@ -269,7 +292,12 @@ def _memory_backward_bytes(work: Work, kind: str, tokens: int) -> float:
         keys = max(window, min(tokens - window, KEYS_PER_SLICE_CUDA if work.gpu else KEYS_PER_SLICE))
     part = B * window * model.dim / t * (work.wide + 2 * work.width)
     part += B * keys * 2 * (model.dim / t if work.gpu else work.memory_kv_dim) * work.width
-    return B * tokens * (3 if kind == "memory" else 2) * work.memory_kv_dim * work.wide + part
+    sums = 2 * _remembered(work, tokens) if kind == "memory" else B * tokens
+    made = (B * tokens + sums) * work.memory_kv_dim * work.wide + part
+    if kind == "block" or work.sequence == 1:
+        return made
+    # then on their way to the other ranks: as they are, filled up to all tokens, and one of them once more in a bytes
+    return max(made, B * tokens * work.sequence * work.memory_kv_dim * (4 * work.width + work.wide))
 
 
 def loss_bytes(work: Work, tokens: int) -> float:

@@ -1,8 +1,9 @@
 """One training step, the same to the caller whether DeepSpeed runs a plain module (ZeRO 0-3) or pipeline stages (0-1).
 
 The loss of a step is the sum of the losses of all targets of the global batch, divided by their number, in every
-layout. DeepSpeed averages gradients over data ranks (and pipeline micro-batches) whatever they held, so every
-micro-batch's loss is multiplied beforehand by what will be divided out, over the global number of targets.
+layout; with `loss: row_mean` the mean over all rows of the global batch of their targets' mean. DeepSpeed averages
+gradients over data ranks (and pipeline micro-batches) whatever they held, so every micro-batch's loss is multiplied
+beforehand by what will be divided out, over the global number of targets or rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megayoco.data.batches import IGNORE, MicroBatch, ValidationBatches
 from megayoco.dsconfig import precision
 from megayoco.model.decoder import build_decoder
 from megayoco.model.pipeline import build_pipeline
+from megayoco.ops.cross_entropy import row_weights
 from megayoco.parallel.agreement import AgreedError
 from megayoco.parallel.sequence import own_chunks
 from megayoco.parallel.topology import Topology
@@ -33,7 +35,7 @@ class StepResult(NamedTuple):
     """What a step gave, equal on all ranks but for the last entry."""
 
     loss: float
-    """Mean loss per target of the global batch, before the update."""
+    """Of the global batch, before the update: mean per target, or per row where the phase weighs rows."""
     grad_norm: float
     """2-norm of the whole gradient before clipping."""
     skipped: bool
@@ -59,6 +61,8 @@ class Engine:
         self._run = run
         self._pipelined = topology.pipeline > 1
         self._bands = 1
+        self._row_length: int | None = None
+        self._rows = 0
         self._documents = any(run.phase_data(number).has_borders for number in range(len(run.phases)))
         config = engine_config(ds_config)
         # to DeepSpeed the ranks of a sequence are replicas like any others
@@ -93,7 +97,7 @@ class Engine:
         return self.topology.is_first_stage or self.topology.is_last_stage
 
     def begin_phase(self, number: int) -> None:
-        """Take over batch size, micro-batch size, sequence length, rotary base, cross-batch range and bands of a
+        """Take over batch size, micro-batch size, sequence length, rotary base, cross-batch range, loss and bands of a
         phase."""
         phase = self._run.phases[number]
         engine = self.deepspeed
@@ -107,6 +111,8 @@ class Engine:
             engine.reset_activation_shape()
         self.module.set_rope_theta(self._run.phase_rope_theta(number))
         self.module.set_cross_batch(phase.cross_batch)
+        self._row_length = self._run.row_length(number)
+        self._rows = 0 if self._row_length is None else phase.tokens_per_step // self._row_length
         bands = self._run.phase_bands(number)
         assert bands != "auto"  # the session has chosen
         self._bands = bands
@@ -125,8 +131,11 @@ class Engine:
         for group in self.deepspeed.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         TRAFFIC.take()
-        batches = [self._to_device(batch) for batch in micro_batches]
-        total = self._global_targets(batches)
+        batches = [self._to_device(batch, self._row_length) for batch in micro_batches]
+        if self._row_length is None:
+            total = self._global_targets(batches)
+        else:
+            total = torch.tensor(self._rows, device=self.device)
         with _overflow_ends_the_run():
             if self._pipelined:
                 loss = self._pipeline_step(batches, total)
@@ -184,8 +193,11 @@ class Engine:
             mpu=self.topology.mpu(),
         )
 
-    def _to_device(self, batch: MicroBatch) -> MicroBatch:
-        """This rank's part of the sequences, on its device."""
+    def _to_device(self, batch: MicroBatch, row_length: int | None = None) -> MicroBatch:
+        """This rank's part of the sequences, on its device; with `row_length` every row of so many tokens weighs the
+        same."""
+        if row_length is not None:  # before sequences are cut: a row may have targets on several ranks
+            batch = batch._replace(weights=row_weights(batch.targets, row_length))
         axis = (self.topology.sequence_rank, self.topology.sequence, self._bands)
         if self.topology.sequence > 1:
             batch = batch._replace(**{k: own_chunks(x, *axis) for k, x in batch._asdict().items() if x is not None})
@@ -195,7 +207,8 @@ class Engine:
         if self.device.type == "cpu":
             return batch._replace(document_starts=starts)
         tokens, targets = (x.pin_memory().to(self.device, non_blocking=True) for x in batch[:2])
-        return MicroBatch(tokens, targets, None if starts is None else starts.to(self.device, non_blocking=True))
+        rest = (None if x is None else x.to(self.device, non_blocking=True) for x in (starts, batch.weights))
+        return MicroBatch(tokens, targets, *rest)
 
     def _global_targets(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Number of targets in the global batch, 0-d on the device, at least 1."""
@@ -232,8 +245,9 @@ class Engine:
 
     def _pipeline_iterator(self, batches: Sequence[MicroBatch], scale: Tensor) -> Any:
         scale = scale.float()
-        for tokens, targets, starts in batches:
-            yield (tokens,) if starts is None else (tokens, starts), (targets, scale)
+        for tokens, targets, starts, weights in batches:
+            labels = (targets, scale) if weights is None else (targets, scale, weights)
+            yield (tokens,) if starts is None else (tokens, starts), labels
 
 
 def engine_config(ds_config: dict[str, Any]) -> dict[str, Any]:

@@ -160,6 +160,8 @@ def phase_work(run: RunConfig, number: int, layout: Layout, width: int, bands: i
         order=run.parallel.band_order,
         checkpointing=run.parallel.activation_checkpointing,
         gpu=gpu,
+        cross_batch=phase.cross_batch,
+        replicas=layout.data,
     )
 
 

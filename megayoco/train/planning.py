@@ -233,7 +233,7 @@ class _Draft:
         hidden = 0.0
         if zero.get("overlap_comm", _zero_stage(ds_config) == 3) and axes.pipeline == 1:
             hidden = min(data, HIDDEN * computing)
-        seconds["data"] = data - hidden
+        seconds["data"] += data - hidden
         if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
             # gradients down and parameters up, of this rank's share
             seconds["host"] = self._parameters() / replicas * 2 * self.work.width / self.cluster.host_link
@@ -290,6 +290,7 @@ class _Draft:
             "tensor": cluster.bandwidth(1, axes.tensor),
             "sequence": cluster.bandwidth(axes.tensor, axes.sequence),
             "pipeline": cluster.bandwidth(axes.tensor * axes.sequence * axes.data, axes.pipeline),
+            "data": cluster.bandwidth(axes.tensor * axes.sequence, axes.data),  # negatives of memory layers
         }
         for group, rate in rates.items():
             seconds[group] = sum(count for name, count in volume.items() if name.startswith(group)) / rate
@@ -417,7 +418,8 @@ def _unfit(run: RunConfig, axes: Axes, cluster: Cluster) -> str | None:
         label = phase_label(run.phases, number)
         if phase.batch_size % (phase.micro_batch_size * axes.data):
             return f"batch_size of phase {label} does not divide over the replicas"
-        if phase.sequence_length % axes.sequence:
+        unit = 1 if run.model.memory_window is None or axes.sequence == 1 else run.model.memory_window
+        if phase.sequence_length % (axes.sequence * unit):
             return f"sequence_length of phase {label} does not divide over the sequence ranks"
     return None
 

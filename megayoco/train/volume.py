@@ -12,9 +12,10 @@ Shapes and letters: those of megayoco/train/activations.py; x = B T D w, one hid
     tensor/weight_gradient   key-value projections that several ranks share
     sequence/halo       the W-1 last keys and values, per window layer and band; as much back
     sequence/state      a state per head, retention layer and band; as much back
-    sequence/kv         keys and values of a full-attention layer; their gradients back in fp32
+    sequence/kv         keys and values of a full-attention or memory layer; their gradients back in fp32
     sequence/shared_kv  the shared keys and values, once per stage that has cross layers; their gradients back in fp32
     pipeline/...        hidden states, shared keys and values, four columns for document starts
+    data/negatives      keys and values of a memory layer for the next replica (`cross_batch`); as much back
     data/...            per step, DeepSpeed's: gradients of this rank's parameters, and parameters after the update
 
 Forward parts count as often as they run: recomputed layers twice (the sum of their feed-forward once), the self half of
@@ -58,6 +59,10 @@ def micro_batch_volume(work: Work, blocks: StageBlocks, documents: bool = False)
             _add_tensor(sent, work, kind, runs, again)
         if work.sequence > 1:
             _add_sequence(sent, work, kind, runs + again)
+        if kind == "memory" and work.negatives:
+            negatives = work.negatives * 2 * work.memory_kv_dim * work.width
+            sent["data/negatives"] += (runs + again) * negatives
+            sent["data/negatives_gradient"] += negatives
     if work.sequence > 1 and blocks.cross:
         own = work.batch * work.tokens * 2 * work.kv_dim * (work.sequence - 1)
         sent["sequence/shared_kv"] += own * work.width
@@ -106,8 +111,8 @@ def _add_sequence(sent: defaultdict[str, float], work: Work, kind: str, runs: fl
         state = B * H * (K * K + 1) * work.wide * (P - 1) * work.bands
         sent["sequence/state"] += runs * state
         sent["sequence/state_gradient"] += state
-    elif kind == "full":
-        own = B * work.tokens * 2 * work.kv_dim * (P - 1)
+    elif kind in ("full", "memory"):
+        own = B * work.tokens * 2 * (work.memory_kv_dim if kind == "memory" else work.kv_dim) * (P - 1)
         sent["sequence/kv"] += runs * own * work.width
         sent["sequence/kv_gradient"] += own * work.wide
 

@@ -13,6 +13,7 @@ from megayoco.config import CrossBatchConfig, ModelConfig, ParallelConfig
 from megayoco.model.decoder import build_decoder
 from megayoco.model.parameters import canonical_parameters, gather_canonical, shards_of
 from megayoco.model.pipeline import build_pipeline
+from megayoco.ops.cross_entropy import row_weights
 from megayoco.parallel.sequence import own_chunks
 from megayoco.parallel.topology import Topology, build_topology
 from tests.model.cases import Batch, decoder, gradients
@@ -38,17 +39,30 @@ class Case:
     documents: bool = True
     tokens: int = 24
     cross_batch: CrossBatchConfig | None = None
+    row: int | None = None
+    """Tokens of a row where the loss is the mean over rows."""
 
     def __str__(self) -> str:
-        data = self.world // (self.tensor * self.pipeline * self.sequence)
-        axes = (("t", self.tensor), ("p", self.pipeline), ("s", self.sequence), ("d", data), ("bands", self.bands))
+        axes = (("t", self.tensor), ("p", self.pipeline), ("s", self.sequence), ("d", self.data), ("bands", self.bands))
         parts = [f"{name}{size}" for name, size in axes if size > 1]
         parts += [f"zero{self.zero}"] if self.dtype == torch.float32 else []
         parts += [self.order] * (self.order != "fused")
         if self.cross_batch is not None:
-            parts += [f"range{self.cross_batch.range}"]
+            parts += [f"range{self.cross_batch.range}"] + ["neighbour"] * (self.cross_batch.negatives == "neighbour")
+        parts += [f"rows{self.row}"] * (self.row is not None)
         parts += [f"micro{self.micro_batch}"] + ["checkpointing"] * self.checkpointing
         return "-".join(parts)
+
+    @property
+    def data(self) -> int:
+        return self.world // (self.tensor * self.pipeline * self.sequence)
+
+    @property
+    def rows_together(self) -> int | None:
+        """Rows of a micro-batch that one process needs for the same loss; None: any number."""
+        if self.cross_batch is None:
+            return None
+        return self.micro_batch * (self.data if self.cross_batch.negatives == "neighbour" else 1)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -96,19 +110,26 @@ def one_process(
     documents: bool,
     cross_batch: CrossBatchConfig | None = None,
     micro_batch: int | None = None,
+    row: int | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and every gradient of one pass over the whole batch; by micro-batches of so many rows where rows of one see
     one another."""
     decoder = build_decoder(model_config(model), None, seed=SEED, dtype=dtype)
     decoder.set_cross_batch(cross_batch)
     rows = batch[0].shape[0]
-    total = (batch[1] != -100).sum()
+    total = denominator(batch[1], row)
     loss = torch.zeros((), dtype=dtype)
     for first in range(0, rows, micro_batch or rows):
         tokens, targets, starts = (part[first : first + (micro_batch or rows)] for part in batch)
-        loss = loss + decoder(tokens, targets, starts if documents else None)[0] / total
+        weights = None if row is None else row_weights(targets, row, dtype)
+        loss = loss + decoder(tokens, targets, starts if documents else None, weights)[0] / total
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in canonical_parameters(decoder).items()}
+
+
+def denominator(targets: Tensor, row: int | None) -> int:
+    """What the sum of losses is divided by."""
+    return int((targets != -100).sum()) if row is None else targets.numel() // row
 
 
 def parallel_step(model: str, case: Case, batch: tuple[Tensor, ...]) -> tuple[float, dict[str, Tensor]]:
@@ -116,13 +137,15 @@ def parallel_step(model: str, case: Case, batch: tuple[Tensor, ...]) -> tuple[fl
     config = model_config(model)
     topology = build_topology(case.parallel, config)
     accumulation = batch[0].shape[0] // (case.micro_batch * topology.data)
-    total = int((batch[1] != -100).sum())
+    total = denominator(batch[1], case.row)
+    if case.row is not None:
+        batch = (*batch, row_weights(batch[1], case.row, case.dtype))
     micro_batches = []
     for i in range(accumulation):
-        first = (topology.data_rank * accumulation + i) * case.micro_batch
+        first = (i * topology.data + topology.data_rank) * case.micro_batch  # as data/batches.py deals
         own = (topology.sequence_rank, case.sequence, case.bands)
-        tokens, targets, starts = (own_chunks(part[first : first + case.micro_batch], *own) for part in batch)
-        micro_batches.append((tokens, targets, starts if case.documents else None))
+        tokens, targets, starts, *weights = (own_chunks(part[first : first + case.micro_batch], *own) for part in batch)
+        micro_batches.append((tokens, targets, starts if case.documents else None, *weights))
     run = _run_pipeline if case.pipeline > 1 else _run_plain if case.dtype == torch.float64 else _run_zero
     loss, gradients, module = run(config, case, topology, micro_batches, total)
     return loss, gather_canonical(gradients, shards_of(module), topology)
@@ -270,7 +293,9 @@ def _run_pipeline(config: ModelConfig, case: Case, topology: Topology, micro_bat
 
     module.loss_fn = recording_loss
     scale = torch.tensor(len(micro_batches) * _replicas(topology) / total, dtype=case.dtype)
-    engine.train_batch(iter([((t, s) if case.documents else (t,), (y, scale)) for t, y, s in micro_batches]))
+    engine.train_batch(
+        iter([((t, s) if case.documents else (t,), (y, scale, *weights)) for t, y, s, *weights in micro_batches])
+    )
     loss = torch.stack(losses).sum().double() if losses else torch.zeros((), dtype=torch.float64)
     if topology.tensor_rank != 0:
         loss = loss * 0

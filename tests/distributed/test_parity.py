@@ -96,6 +96,11 @@ FP32 = each(
 
 _PLAIN: dict[str, Any] = dict(documents=False)
 _CROSS: dict[str, Any] = dict(documents=False, cross_batch=CrossBatchConfig(range=5))
+_NEIGHBOUR: dict[str, Any] = dict(documents=False, cross_batch=CrossBatchConfig(range=6, negatives="neighbour"))
+# farther than the micro-batches of two replicas
+_FAR: dict[str, Any] = dict(
+    documents=False, cross_batch=CrossBatchConfig(range=10, stepping=False, negatives="neighbour")
+)
 
 MEMORY = [
     ("longllama", Case(world=2, tensor=2, **_CROSS)),
@@ -106,19 +111,35 @@ MEMORY = [
     ("longllama", Case(world=4, tensor=2, pipeline=2, **_PLAIN)),
     ("yoco-memory", Case(world=4, tensor=4, **_PLAIN)),
     ("yoco-memory", Case(world=4, tensor=2, pipeline=2, micro_batch=4, **_CROSS)),
+    ("longllama", Case(world=2, sequence=2, **_PLAIN)),
+    ("longllama", Case(world=4, sequence=4, micro_batch=4, checkpointing=True, **_CROSS)),
+    ("longllama", Case(world=4, tensor=2, sequence=2, micro_batch=4, **_CROSS)),
+    ("longllama", Case(world=4, pipeline=2, sequence=2, checkpointing=True, **_CROSS)),
+    ("yoco-memory", Case(world=4, pipeline=2, sequence=2, **_PLAIN)),
+    ("longllama", Case(world=2, **_NEIGHBOUR)),
+    ("longllama", Case(world=4, micro_batch=1, checkpointing=True, **_FAR)),
+    ("longllama", Case(world=4, pipeline=2, micro_batch=1, checkpointing=True, **_NEIGHBOUR)),
+    ("yoco-memory", Case(world=4, sequence=2, checkpointing=True, **_NEIGHBOUR)),
+]
+
+ROWS = [
+    ("longllama", Case(world=4, tensor=2, pipeline=2, row=6, micro_batch=4, **_CROSS)),
+    ("longllama", Case(world=4, sequence=2, row=6, checkpointing=True, **_NEIGHBOUR)),
+    (RETENTION, Case(world=2, sequence=2, bands=4, row=24)),
+    (WINDOW, Case(world=4, pipeline=2, sequence=2, bands=2, row=24)),
 ]
 
 MEMORY_FP32 = [
     *(Case(world=2, zero=stage, dtype=torch.float32, **_CROSS) for stage in (0, 1, 2, 3)),
     Case(world=4, pipeline=2, zero=1, dtype=torch.float32, **_CROSS),
     Case(world=4, tensor=2, zero=3, dtype=torch.float32, checkpointing=True, **_CROSS),
+    Case(world=4, sequence=2, zero=3, dtype=torch.float32, checkpointing=True, **_NEIGHBOUR),
 ]
 
 
 def check(workers: Workers, model: str, case: Case, loss_tolerance: float, tolerance: float) -> None:
     data = packed_batch(tokens=case.tokens)
-    rows = None if case.cross_batch is None else case.micro_batch
-    loss, wanted = one_process(model, data, case.dtype, case.documents, case.cross_batch, rows)
+    loss, wanted = one_process(model, data, case.dtype, case.documents, case.cross_batch, case.rows_together, case.row)
     results = workers.run(parallel_step, model, case, data, world=case.world)
     for rank, (got_loss, _) in enumerate(results):
         assert got_loss == pytest.approx(loss, rel=loss_tolerance), f"rank {rank}"
@@ -137,6 +158,12 @@ def test_float64_loss_and_every_gradient_equal_one_process(workers: Workers, mod
 @pytest.mark.parametrize(("model", "case"), MEMORY, ids=str)
 def test_float64_of_memory_layers_equals_one_process(workers: Workers, model: str, case: Case) -> None:
     """Samples of four windows, some of which see those of other samples of the same micro-batch."""
+    check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-9)
+
+
+@pytest.mark.parametrize(("model", "case"), ROWS, ids=str)
+def test_float64_of_a_mean_over_rows_equals_one_process(workers: Workers, model: str, case: Case) -> None:
+    """Windows and samples with all targets, few and none."""
     check(workers, model, case, loss_tolerance=1e-12, tolerance=1e-9)
 
 

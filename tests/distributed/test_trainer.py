@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.runs import MODELS, Layout, exported, run
+from tests.distributed.runs import MODELS, SHAPE, Layout, exported, run
 from tests.workers import Workers
 
 STEPS = 10
@@ -100,6 +100,50 @@ def test_ten_steps_equal_one_process(
     assert weights.keys() == expected_weights.keys()
     for name, expected in expected_weights.items():
         assert np.abs(weights[name] - expected).max() < 1e-5, name
+
+
+OTHER_LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], Layout, Layout]] = {
+    # model, phase, a layout and the one process that it equals
+    "negatives of the neighbour": (
+        dict(SHAPE, pattern="llama", memory_layers=[1], memory_window=8),
+        {"cross_batch": {"range": 6, "negatives": "neighbour"}},
+        Layout(2, zero=2, checkpointing=True),
+        Layout(1, micro_batch=4),
+    ),
+    "mean over rows": (MODELS["yoco-tied"], {"loss": "row_mean"}, Layout(4, sequence=2, pipeline=2), Layout(1)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_other_losses_equal_one_process(workers: Workers, text: str, tmp_path: Path, name: str) -> None:
+    """Two micro-batches a step: whose negatives are whose follows from how samples are dealt to ranks."""
+    model, loss, *layouts = OTHER_LOSSES[name]
+    found = []
+    for number, (layout, special) in enumerate([(layouts[0], loss), (layouts[1], loss), (layouts[1], {})]):
+        sections = {
+            "phases": [
+                {
+                    "sequence_length": 64,
+                    "steps": 2,
+                    "batch_size": 8,
+                    "micro_batch_size": layout.micro_batch,
+                    "learning_rate": RATE,
+                    **special,
+                }
+            ],
+            "data": {
+                "train": text,
+                "split": "100,0,0",
+                "tokenizer_type": "ByteTokenizer",
+                "document_mask": "memory_layers" not in model,
+            },
+        }
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        lines = run(workers, directory, text, model, layout, 2, **sections)
+        found.append([number for line in lines for number in (line["loss"], line["grad_norm"])])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[1] != pytest.approx(found[2], rel=1e-4)  # it is another loss than the usual one
 
 
 BF16 = [  # the last entry: what gradients of the micro-batches are summed in

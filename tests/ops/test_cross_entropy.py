@@ -11,7 +11,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from megayoco.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_naive
+from megayoco.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_naive, row_weights
 
 NAMES = ("loss", "count", "dx", "dweight")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -48,6 +48,30 @@ def test_equals_all_logits_at_once(dtype, chunk_tokens, ignored):
     got = run(linear_cross_entropy, *inputs, chunk_tokens=chunk_tokens)
     assert_same(got, run(linear_cross_entropy_naive, *inputs), TOLERANCE[dtype])
     assert got[0].dtype == dtype and got[1].dtype == torch.int64
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_weights_are_factors_of_the_losses(dtype, ignored):
+    inputs = random_inputs(dtype=dtype, ignored=ignored)
+    weights = torch.rand(37, generator=torch.Generator().manual_seed(1))
+    got = run(linear_cross_entropy, *inputs, weights=weights, chunk_tokens=4)
+    assert_same(got, run(linear_cross_entropy_naive, *inputs, weights=weights), TOLERANCE[dtype])
+    assert not torch.allclose(got[0], run(linear_cross_entropy, *inputs)[0])
+    with pytest.raises(ValueError, match="a weight for each of 37 targets"):
+        linear_cross_entropy(*inputs, weights=weights[:5])
+
+
+def test_weights_of_rows_make_a_sum_of_their_means():
+    targets = torch.zeros(2, 6, dtype=torch.int64)
+    targets[0, :3] = targets[1, 1:3] = targets[1, 5] = -100  # rows with 0, 3, 1 and 2 targets
+    losses = torch.rand(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    weights = row_weights(targets, 3, torch.float64)
+    means = losses[0, 3:].mean() + losses[1, 0] + losses[1, 3:5].mean()
+    torch.testing.assert_close((losses * weights * (targets >= 0)).sum(), means)
+    assert row_weights(targets, 6).dtype == torch.float32 and row_weights(targets, 6)[0].tolist() == pytest.approx(
+        [1 / 3] * 6
+    )
 
 
 def test_bf16_inputs_are_summed_in_fp32():

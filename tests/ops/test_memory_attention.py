@@ -18,6 +18,7 @@ from megayoco.ops.memory_attention import (
     memory_attention_naive,
     memory_attention_over_context,
     window_segments,
+    windows_before,
 )
 from megayoco.ops.windows import Eviction
 
@@ -154,6 +155,33 @@ def test_without_steps_every_window_sees_the_whole_range(pack, stepping, counts)
         cross_batch_segments(2, 5, 2, 2, stepping)
 
 
+@pytest.mark.parametrize(("pack", "reach", "stepping"), [(4, 3, True), (4, 6, True), (4, 7, True), (4, 7, False)])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_parts_and_later_micro_batches_see_what_the_whole_sees(pack, reach, stepping, ranks):
+    """Two micro-batches of two samples; of the second one every rank's part, with what came from the first before."""
+    samples, window = 2, 3
+    whole = cross_batch_segments(2 * samples, pack * window, window, reach, stepping)[samples * pack :]
+    before = windows_before(pack, reach, stepping)
+    missing = samples * pack - before  # windows of the first micro-batch that nobody asks for
+    seen_from_first = [missing * window - s.memory.start for s in whole if s.memory.stop]
+    assert before <= samples * pack and max(seen_from_first) == 0
+    for rank in range(ranks):
+        segments = cross_batch_segments(
+            samples, pack * window, window, reach, stepping, before=before, rank=rank, ranks=ranks
+        )
+        share = pack // ranks
+        numbers = [sample * pack + rank * share + i for sample in range(samples) for i in range(share)]
+        local = (before + (samples * pack if ranks > 1 else 0)) * window
+        for place, (segment, number) in enumerate(zip(segments, numbers, strict=True)):
+            assert segment.rows == slice(place * window, (place + 1) * window)
+            assert segment.local == slice(local + segment.rows.start, local + segment.rows.stop)
+            memory = range(segment.memory.start, segment.memory.stop)
+            expected = whole[number].memory
+            assert [key + missing * window for key in memory] == list(range(expected.start, expected.stop))
+    with pytest.raises(ValueError, match="of 3 in 3 parts"):
+        cross_batch_segments(samples, pack * window, window, reach, stepping, ranks=3)
+
+
 CASES: dict[str, tuple[int, int, int, int, list[Segment]]] = {
     # batch, queries, keys, local keys, segments
     "whole": (2, 11, 11, 11, segments_of(0, 11, 11, 4)),
@@ -162,6 +190,7 @@ CASES: dict[str, tuple[int, int, int, int, list[Segment]]] = {
     "no memory": (2, 7, 8, 8, segments_of(5, 7, 8, 4, remembers=False)),
     "long enough for parts": (1, 300, 700, 300, segments_of(400, 300, 700, 200)),
     "across the batch": (1, 24, 24, 24, cross_batch_segments(3, 8, 4, 3, True)),
+    "a part of the samples": (1, 12, 48, 12, cross_batch_segments(3, 8, 4, 3, False, before=3, rank=1, ranks=2)),
     "padded rows": (
         2, 6, 6, 6, [
             *segments_of(-2, 6, 6, 2, batch=slice(0, 1)),

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megayoco.config import DataConfig, PhaseConfig, RunConfig
+from megayoco.config import CrossBatchConfig, DataConfig, PhaseConfig, RunConfig
 from megayoco.train.memory import phase_work, stage_blocks
 from megayoco.train.volume import micro_batch_volume, step_volume
 from tests.distributed.steps import VOCAB, Case, model_config, parallel_step
 from tests.workers import Workers
 
 TOKENS, ROWS = 48, 8
+FAR = CrossBatchConfig(range=40, stepping=False, negatives="neighbour")
 CASES = [
     ("yoco-retention", Case(world=4, tensor=4)),
     ("yoco-retention", Case(world=4, tensor=2, sequence=2, bands=4, micro_batch=8, checkpointing=True)),
@@ -25,6 +26,12 @@ CASES = [
     ("llama", Case(world=4, tensor=2, sequence=2, checkpointing=True)),
     ("yoco-retention", Case(world=4, pipeline=2, sequence=2, bands=4)),
     ("longllama", Case(world=4, tensor=4, documents=False)),
+    ("longllama", Case(world=4, tensor=2, sequence=2, checkpointing=True, documents=False)),
+    (
+        "longllama",
+        Case(world=4, sequence=2, documents=False, cross_batch=CrossBatchConfig(range=9, negatives="neighbour")),
+    ),
+    ("yoco-memory", Case(world=4, checkpointing=True, micro_batch=1, documents=False, cross_batch=FAR)),
 ]
 
 
@@ -42,7 +49,7 @@ def test_volume_of_a_step(workers: Workers, model: str, case: Case) -> None:
     ids = torch.randint(0, VOCAB, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     batch = ids, ids.roll(-1, 1), torch.arange(TOKENS).expand(ROWS, -1) // 10 * 10
     counted = workers.run(counted_step, model, case, batch, world=case.world)
-    data = case.world // (case.tensor * case.sequence * case.pipeline)
+    data = case.data
     layout = types.SimpleNamespace(tensor=case.tensor, sequence=case.sequence, pipeline=case.pipeline, data=data)
     run = RunConfig(
         model=model_config(model),
@@ -55,6 +62,7 @@ def test_volume_of_a_step(workers: Workers, model: str, case: Case) -> None:
                 batch_size=ROWS,
                 micro_batch_size=case.micro_batch,
                 learning_rate=1.0,
+                cross_batch=case.cross_batch,
             )
         ],
         output_dir="x",
