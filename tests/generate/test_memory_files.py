@@ -31,6 +31,7 @@ from tests.generate.test_command import refused
 TEXT = random.Random(1).choices(range(SHAPE["vocab_size"]), k=37)
 MORE = [TEXT[3:12], TEXT[20:21]]
 EXACT = dict(rtol=1e-12, atol=1e-12)
+FEW = MemoryOptions(Search(3))
 
 
 def logits_after(model, context, tokens):
@@ -245,7 +246,7 @@ def on_a_rank(folder, tensor, pipeline):
 
     stored = Weights(MODELS["memory"], HeldTensors(weights(build("memory", torch.float64))), None, {})
     topology = build_topology(ParallelConfig(tensor=tensor, pipeline=pipeline), MODELS["memory"])
-    model = load_weights(stored, dtype=torch.float64, topology=topology)
+    model = load_weights(stored, dtype=torch.float64, topology=topology, memory=FEW)
 
     def error_of(file, model):
         try:
@@ -258,7 +259,7 @@ def on_a_rank(folder, tensor, pipeline):
         save_memory(folder / name, prefill(model, TEXT), model, TEXT)
     logits = logits_after(model, load_memory(folder / "a", model).context, MORE[0])
     elsewhere = dataclasses.replace(topology, tensor=tensor * pipeline, pipeline=1)
-    elsewhere = InferenceModel(model.stage, model.config, topology=elsewhere)
+    elsewhere = InferenceModel(model.stage, model.config, topology=elsewhere, memory=FEW)
     errors = [error_of(folder / "absent", model), error_of(folder / "a", elsewhere)]
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 1:
@@ -268,7 +269,7 @@ def on_a_rank(folder, tensor, pipeline):
 
 
 def test_every_rank_has_a_file_of_its_own(workers, tmp_path):
-    whole = inference("memory", torch.float64)
+    whole = InferenceModel.of(build("memory", torch.float64), memory=FEW)
     expected = logits_after(whole, prefill(whole, TEXT), MORE[0])
     for logits, errors in workers.run(on_a_rank, tmp_path, 2, 2, world=4):
         torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
