@@ -48,7 +48,7 @@ from train_step import machine, summary
 from megayoco.ops.key_value_cache import KeyValueCache
 from megayoco.ops.key_value_storage import Place
 from megayoco.ops.key_values import KeyValues
-from megayoco.ops.memory_attention import Segment, memory_attention_over_cache
+from megayoco.ops.memory_attention import Segment, memory_attention_over_context
 from megayoco.ops.memory_search import Search, nearest
 
 SUBJECTS = {
@@ -189,7 +189,7 @@ def decode(cache: KeyValueCache, length: int, q: Tensor, setting: dict[str, Any]
     local = cache.part(length, cache.tokens).key
     rows, keys = slice(0, q.shape[1]), slice(length, cache.tokens)
     segments = [Segment(slice(t, t + 1), keys, slice(0, length)) for t in range(rows.stop)]
-    return memory_attention_over_cache(q, local, cache, segments, setting["head_dim"] ** -0.5)
+    return memory_attention_over_context(q, q, local, cache, segments, setting["head_dim"] ** -0.5)
 
 
 def quality_of(cache: KeyValueCache, length: int, q: Tensor, setting: dict[str, Any]) -> dict[str, float]:
