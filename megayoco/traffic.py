@@ -9,6 +9,7 @@ are not.
     sequence/halo, sequence/state               what mixers of the self-decoder ask of the ranks to the left
     sequence/shared_kv, sequence/kv             keys and values: the shared ones, those of a full or memory layer
     sequence/..._gradient                       the same, backward
+    sequence/memory                             results of the parts of a memory that ranks share in inference
     tensor/output, tensor/gradient              sums of a layer's outputs and of its input's gradient
     tensor/loss, tensor/logits                  the head over a cut vocabulary
     tensor/weight_gradient                      weights of key-value heads that several ranks hold

@@ -36,6 +36,8 @@ class Placement:
     """Ranks that share each matrix; None: all, or with `copies` 1."""
     pipeline: int = 1
     """Ranks that share the layers."""
+    sequence: int = 1
+    """Ranks that keep the memory of memory layers together."""
     copies: bool = False
     """Whether ranks beyond one copy of the model hold further copies, which work on other prompts."""
     storage: str | None = None
@@ -118,7 +120,7 @@ def open_model(path: str | os.PathLike[str], placement: Placement) -> Opened:
 
 
 def _open_alone(path: str | os.PathLike[str], placement: Placement, launch: Launch) -> Opened:
-    for name in ("tensor", "pipeline"):
+    for name in ("tensor", "pipeline", "sequence"):
         if (getattr(placement, name) or 1) > 1:
             raise UserError(
                 f"--{name} {getattr(placement, name)} needs as many processes: deepspeed --num_gpus N --module ..."
@@ -148,6 +150,8 @@ def memory_options(placement: Placement, config: ModelConfig, device: torch.devi
         UserError: a flag would do nothing for this model, the folder is none, or Faiss is not installed.
     """
     given = [name for name in _MEMORY if getattr(placement, name) is not None]
+    if placement.sequence > 1:
+        given.append("sequence")
     if not given:
         return None
     if not config.memory_layers:
@@ -170,22 +174,24 @@ def memory_options(placement: Placement, config: ModelConfig, device: torch.devi
         place = Place(torch.device("cpu"), Path(placement.memory_directory))
     elif placement.memory_device is not None:
         place = Place(torch.device(placement.memory_device))
-    return MemoryOptions(search, place)
+    return MemoryOptions(search, place, shared=placement.sequence > 1)
 
 
 def _layout(placement: Placement, world_size: int) -> Any:
     from megayoco.config import ParallelConfig
 
-    pipeline = placement.pipeline
-    if world_size % pipeline:
-        raise UserError(f"--pipeline {pipeline} does not divide the {world_size} processes. Start a multiple of it.")
-    tensor = placement.tensor or (1 if placement.copies else world_size // pipeline)
-    if not placement.copies and tensor * pipeline != world_size:
+    pipeline, sequence = placement.pipeline, placement.sequence
+    flags = f"--pipeline {pipeline}" + (f" x --sequence {sequence}" if sequence > 1 else "")
+    others = pipeline * sequence
+    if world_size % others:
+        raise UserError(f"{flags} does not divide the {world_size} processes. Start a multiple of {others}.")
+    tensor = placement.tensor or (1 if placement.copies else world_size // others)
+    if not placement.copies and tensor * others != world_size:
         raise UserError(
-            f"{world_size} processes were started, but --tensor {tensor} x --pipeline {pipeline} = {tensor * pipeline}"
-            f" hold the model. Start {tensor * pipeline}."
+            f"{world_size} processes were started, but --tensor {tensor} x {flags} = {tensor * others}"
+            f" hold the model. Start {tensor * others}."
         )
-    return ParallelConfig(tensor=tensor, pipeline=pipeline)
+    return ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
 
 
 def choose_device(name: str | None) -> torch.device:

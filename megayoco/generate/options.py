@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megayoco.model.window_options import WindowOptions
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
-_COUNTS = ("max_new_tokens", "prefill_chunk", "tensor", "pipeline", "memory_top_k")
+_COUNTS = ("max_new_tokens", "prefill_chunk", "tensor", "pipeline", "sequence", "memory_top_k")
 _CHOICES = (*_DRAWING, "repetition_penalty", "repetition_window", "seed", "greedy", "stop", "max_new_tokens")
 
 
@@ -55,6 +55,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _check_memory(options: argparse.Namespace) -> None:
     """Raises UserError for flags of the memory that contradict each other, or name a file that is not there."""
+    if (options.sequence or 1) > 1:
+        for name in ("memory_top_k", "memory_capacity", "memory", "save_memory"):
+            if getattr(options, name) is not None:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} cannot be used with a memory that --sequence shares. Leave one of them out.")
     if options.memory_search is not None and options.memory_top_k is None:
         raise UserError("--memory-search says how to find the best keys: give their number by --memory-top-k, too.")
     if options.memory_device is not None and options.memory_directory is not None:
@@ -128,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1; a GPU where there is one")
     place.add_argument("--tensor", type=int, metavar="N", help="processes that share each layer: all that are started")
     place.add_argument("--pipeline", type=int, metavar="N", help="processes that share the stack of layers: 1")
+    place.add_argument(
+        "--sequence", type=int, metavar="N", help="processes that keep the memory of memory layers together: 1"
+    )
     memory = parser.add_argument_group("memory")
     add = memory.add_argument
     add("--save-memory", metavar="FILE", help="only read the prompt, and write what the model remembers of it")
@@ -188,6 +196,7 @@ def placement(options: argparse.Namespace) -> Placement:
         dtype=options.dtype,
         tensor=options.tensor,
         pipeline=options.pipeline or 1,
+        sequence=options.sequence or 1,
         storage=None if options.kv_dtype == "model" else options.kv_dtype,
         windows=window_options(options),
         default_eviction=True,

@@ -35,8 +35,8 @@ logger = logging.get_logger(__name__)
 FLOOR = -1e6
 """Score of a key that a query must not see. Finite: a query that sees nothing averages over all of them."""
 
-SCORES = 2**26
-"""Most scores of queries with memory that exist at a time without gradients, 256 MiB in fp32."""
+SCORES = 2**25
+"""Scores of queries with memory that are computed at a time at the most, 128 MiB in fp32; a few such tensors exist."""
 
 
 def widen(dtype: torch.dtype) -> torch.dtype:

@@ -33,8 +33,12 @@ from megayoco.ops.memory_attention import (
     window_segments,
     windows_before,
 )
+from megayoco.ops.shared_memory import SharedMemory
 from megayoco.ops.windows import Eviction, Windows
 from megayoco.parallel.collectives import sum_gradient
+
+Context = KeyValues | KeyValueCache | SharedMemory
+"""What stands left of a chunk."""
 
 
 class MemoryAttention(nn.Module):
@@ -77,9 +81,7 @@ class MemoryAttention(nn.Module):
         """The context of a sequence's first chunk."""
         return KeyValues.empty(batch_size, self.local_kv_heads, self.head_dim, dtype, device)
 
-    def forward(
-        self, x: Tensor, positions: Positions, left: KeyValues | KeyValueCache
-    ) -> tuple[Tensor, KeyValues | KeyValueCache]:
+    def forward(self, x: Tensor, positions: Positions, left: Context) -> tuple[Tensor, Context]:
         """Raises ValueError for documents that are no padding, gaps between the tokens, or a context that lacks some;
         with cross-batch training for anything but whole sequences that are multiples of W."""
         if positions.once("several documents", lambda: has_documents(positions)):
@@ -95,8 +97,9 @@ class MemoryAttention(nn.Module):
         seen = self._seen(left, own)
         windows = self._windows(positions)
         y_BThK = self._attend(q_BTD, seen, positions, windows)
-        right: KeyValues | KeyValueCache = seen
+        right: Context = seen
         if not self.remembers or windows.capacity is not None:
+            assert not isinstance(seen, SharedMemory)  # it has no capacity
             right = seen.last(windows.needed(self.remembers))
         return self.out_proj(y_BThK.flatten(2)), right
 
@@ -111,9 +114,9 @@ class MemoryAttention(nn.Module):
 
         return positions.once(("windows", W), make)
 
-    def _attend(self, q_BTD: Tensor, seen: KeyValues | KeyValueCache, positions: Positions, windows: Windows) -> Tensor:
+    def _attend(self, q_BTD: Tensor, seen: Context, positions: Positions, windows: Windows) -> Tensor:
         T, W, scale = q_BTD.shape[1], self.memory_window, self.head_dim**-0.5
-        S = seen.tokens if isinstance(seen, KeyValueCache) else seen.key.shape[1]
+        S = seen.key.shape[1] if isinstance(seen, KeyValues) else seen.tokens
         segments = positions.once(("segments", W, self.remembers, S), lambda: _segments(windows, T, S, self.remembers))
         first = min(segment.local.start for segment in segments)
         places = positions.once(("places", W, S - first), lambda: _Places.of(windows, T, S - first, positions))
@@ -128,11 +131,11 @@ class MemoryAttention(nn.Module):
         q_BThK = self.rotary(q_BTD, places.queries) if twice else local_BThK
         return memory_attention_over_context(q_BThK, local_BThK, rotated, seen, segments, scale)
 
-    def _seen(self, left: KeyValues | KeyValueCache, own: KeyValues) -> KeyValues | KeyValueCache:
+    def _seen(self, left: Context, own: KeyValues) -> Context:
         """What the chunk may attend to, its own keys and values last."""
         if self.sequence is None:
             return left.combine(own)
-        if isinstance(left, KeyValueCache) or left.key.shape[1]:
+        if not isinstance(left, KeyValues) or left.key.shape[1]:
             raise ValueError("a shared sequence with memory attention is taken at once: no context before it")
         return self.sequence.gather_seen(own, "kv")
 

@@ -29,6 +29,7 @@ from megayoco.model.window_options import WindowOptions
 from megayoco.ops.key_value_cache import KeyValueCache
 from megayoco.ops.key_value_storage import Place
 from megayoco.ops.memory_search import Search
+from megayoco.ops.shared_memory import SharedMemory
 from megayoco.ops.windows import PromptWindows, WindowRule
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ class MemoryOptions:
     place: Place | None = None
     """Where they lie; None: on the device of the model."""
 
+    shared: bool = False
+    """Whether the ranks of the topology's sequence axis keep them together, each a part; then they are one replica."""
+
 
 class InferenceModel:
     """What one rank runs of a model.
@@ -87,7 +91,7 @@ class InferenceModel:
             as in training, and everything.
 
     Raises:
-        ValueError: the mixers are built for a sequence axis of several ranks.
+        ValueError: the mixers are built for a sequence axis of several ranks; a memory cannot be shared so.
     """
 
     def __init__(
@@ -107,6 +111,10 @@ class InferenceModel:
         self.storage = storage
         self.memory, self.windows = memory or MemoryOptions(), windows or WindowOptions()
         self._rule: WindowRule | None = self.windows.eviction(config)
+        if self.memory.shared and (
+            topology is None or topology.data > 1 or self.memory.search or self.windows.capacity
+        ):
+            raise ValueError("a memory is shared by the ranks of one replica, without search, and without capacity")
         weight = stage.parameters()[0]
         self.device, self.dtype = weight.device, weight.dtype
         pattern = config.layer_pattern()
@@ -141,19 +149,21 @@ class InferenceModel:
     def replica(self) -> int:
         """Number of the copy of the model that this rank belongs to."""
         at = self.topology
-        return 0 if at is None else at.data_rank * at.sequence + at.sequence_rank
+        return 0 if at is None or self.memory.shared else at.data_rank * at.sequence + at.sequence_rank
 
     @property
     def replicas(self) -> int:
         """Independent copies of the model among the processes; each may work on other prompts."""
         at = self.topology
-        return 1 if at is None else at.data * at.sequence
+        return 1 if at is None or self.memory.shared else at.data * at.sequence
 
     @property
     def is_lead(self) -> bool:
         """Whether this rank is the first of its replica, the one that writes."""
         at = self.topology
-        return at is None or (at.tensor_rank == 0 and at.pipeline_rank == 0)
+        if at is None:
+            return True
+        return at.tensor_rank == 0 and at.pipeline_rank == 0 and not (self.memory.shared and at.sequence_rank)
 
     def empty_context(
         self, batch_size: int = 1, *, padding: Sequence[int] | None = None, reserve: int = 0
@@ -220,7 +230,9 @@ class InferenceModel:
         """The value of the replica's lead, on all its ranks: for what a user typed, or a random seed."""
         if self.topology is None:
             return value
-        group = self.topology.model_group
+        group: Any = self.topology.model_group
+        if self.memory.shared:
+            group = dist.group.WORLD  # all ranks are one replica
         if group.size() == 1:
             return value
         values = [value]
@@ -291,7 +303,17 @@ class InferenceModel:
         memory = MemoryOptions()
         if getattr(owner, "remembers", False):
             memory, reserve = self.memory, self.windows.room(self.config, reserve)
+        if memory.shared:
+            return self._shared_memory(batch_size, heads, head_dim, reserve)
         return self._cache(batch_size, heads, head_dim, reserve, memory)
+
+    def _shared_memory(self, batch_size: int, heads: int, head_dim: int, reserve: int) -> SharedMemory:
+        """No token yet."""
+        at, window = self.topology, self.config.memory_window
+        assert at is not None and window is not None
+        share = self._cache(batch_size, heads, head_dim, -(-reserve // at.sequence), self.memory)
+        recent = self._cache(batch_size, heads, head_dim, min(reserve, 2 * window), MemoryOptions())
+        return SharedMemory(share, recent, window, at.sequence_group, at.sequence_rank, at.sequence)
 
     def _shared_cache(self, batch_size: int, reserve: int) -> KeyValueCache:
         return self._cache(batch_size, self._shared_heads, self.config.head_dim, reserve, MemoryOptions())
@@ -377,7 +399,7 @@ def cache_bytes(context: DecoderContext) -> int:
 
 
 def _bytes(value: Any) -> int:
-    if isinstance(value, KeyValueCache):
+    if isinstance(value, KeyValueCache | SharedMemory):
         return value.bytes
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()

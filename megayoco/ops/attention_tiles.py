@@ -57,7 +57,7 @@ def tile_forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, backend: str) -> t
     forward, K = OPERATORS[backend][0], q.shape[-1]
     if backend in ANY_HEAD_DIM or K % HEAD_DIMS == 0:
         return forward(q, k, v, tile)
-    out, lse = forward(*map(_filled, (q, k, v)), tile)
+    out, lse = forward(_filled(q), _filled(k), _filled(v), tile)
     return out[..., :K], lse
 
 
@@ -72,7 +72,7 @@ def tile_backward(
     backward, K = OPERATORS[backend][1], q.shape[-1]
     if backend in ANY_HEAD_DIM or K % HEAD_DIMS == 0:
         return backward(dout, q, k, v, out, lse, tile)
-    dq, dk, dv = backward(*map(_filled, (dout, q, k, v, out)), lse, tile)
+    dq, dk, dv = backward(_filled(dout), _filled(q), _filled(k), _filled(v), _filled(out), lse, tile)
     return dq[..., :K], dk[..., :K], dv[..., :K]
 
 

@@ -36,6 +36,7 @@ from megayoco.ops.memory_segments import NOTHING as NOTHING
 from megayoco.ops.memory_segments import Segment as Segment
 from megayoco.ops.memory_segments import local_edge, memory_edges, remembered_by_all, single_windows
 from megayoco.ops.memory_segments import window_segments as window_segments
+from megayoco.ops.shared_memory import SharedMemory
 
 Remembered = Callable[[slice, slice], Iterable[tuple[Tensor, Tensor]]]
 """(batch entries, key numbers) -> keys and values (B', S', G, K) of these, piece by piece."""
@@ -132,13 +133,13 @@ def memory_attention_over_context(
     q: Tensor,
     q_local: Tensor,
     rotated: Tensor,
-    context: KeyValueCache | KeyValues,
+    context: KeyValueCache | KeyValues | SharedMemory,
     segments: Sequence[Segment],
     scale: float,
 ) -> Tensor:
     """The same over the tokens of a context, its keys without rotation, and without gradient. The memory is read where
     it lies, never copied; a narrow cache is widened in blocks. Of a memory with a search, the best keys of each query
-    are read (memory_search.py).
+    are read (memory_search.py); a memory that ranks share is read by all of them together (shared_memory.py).
 
     Args:
         q: (B, T, H, K), rotated by the places in the windows, for the memory.
@@ -152,20 +153,23 @@ def memory_attention_over_context(
     def remembered(batch: slice, keys: slice) -> Iterable[tuple[Tensor, Tensor]]:
         if isinstance(context, KeyValueCache):
             return ((key[batch], value[batch]) for key, value in context.pieces(keys.start, keys.stop))
+        assert isinstance(context, KeyValues)
         return [(context.key[batch, keys], context.value[batch, keys])] if keys != NOTHING else []
 
-    if isinstance(context, KeyValueCache):
-        first = context.tokens - rotated.shape[1]
-        value = context.part(first, context.tokens).value
-    else:
+    if isinstance(context, KeyValues):
         first = context.key.shape[1] - rotated.shape[1]
         value = context.value[:, first:]
+    else:
+        first = context.tokens - rotated.shape[1]
+        value = context.part(first, context.tokens).value
     backend = attention_backend(q, None)
     search = context.search if isinstance(context, KeyValueCache) else None
-    if search is not None:  # among keys that all queries of a segment remember
+    if search is not None or isinstance(context, SharedMemory):  # among keys that all queries of a segment remember
         segments = [window for segment in segments for window in single_windows(segment)]
 
     def nearest(own: Tensor, batch: slice, keys: slice) -> tuple[Tensor, Tensor] | None:
+        if isinstance(context, SharedMemory):
+            return context.attend(own, batch, keys, scale)
         if search is None or keys.stop - keys.start <= search.top_k:
             return None
         assert isinstance(context, KeyValueCache)

@@ -6,7 +6,16 @@ import torch
 from tests.generate.models import MODELS, SHAPE, build, weights
 
 PROMPTS = [[5, 6, 7] * 9, [200, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
-LAYOUTS = {"tensor-2": (2, 1), "tensor-4": (4, 1), "pipeline-2": (1, 2), "pipeline-4": (1, 4), "both": (2, 2)}
+LAYOUTS = {
+    "tensor-2": (2, 1, 1),
+    "tensor-4": (4, 1, 1),
+    "pipeline-2": (1, 2, 1),
+    "pipeline-4": (1, 4, 1),
+    "both": (2, 2, 1),
+    "sequence-3": (1, 1, 3),
+    "sequence-tensor": (2, 1, 2),
+    "sequence-pipeline": (1, 2, 2),
+}
 
 
 def answers(model):
@@ -39,15 +48,18 @@ def answers(model):
     }
 
 
-def on_a_rank(name, tensor, pipeline, windows=None):
+def on_a_rank(name, tensor, pipeline, sequence, windows=None):
     from megayoco.config import ParallelConfig
     from megayoco.convert.weights import HeldTensors, Weights
     from megayoco.generate.loading import load_weights
+    from megayoco.model.inference import MemoryOptions
     from megayoco.parallel.topology import build_topology
 
     stored = Weights(MODELS[name], HeldTensors(weights(build(name, torch.float64))), None, {})
-    topology = build_topology(ParallelConfig(tensor=tensor, pipeline=pipeline), MODELS[name])
-    model = load_weights(stored, dtype=torch.float64, topology=topology, windows=windows)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+    topology = build_topology(parallel, MODELS[name])
+    memory = MemoryOptions(shared=sequence > 1)
+    model = load_weights(stored, dtype=torch.float64, topology=topology, memory=memory, windows=windows)
     held = {id(p): p.numel() for p in model.stage.parameters()}
     return {**answers(model), "held": sum(held.values())}
 
@@ -70,6 +82,9 @@ def on_a_rank(name, tensor, pipeline, windows=None):
         ("longllama", "tensor-2", {"evicted": 2, "capacity": 8}),
         ("longllama", "pipeline-2", {"evicted": 1}),
         ("longllama", "pipeline-2", {"last_context": 3}),
+        ("longllama", "sequence-3", {}),
+        ("longllama", "sequence-tensor", {"evicted": 2}),
+        ("memory", "sequence-pipeline", {"last_context": 3}),
     ],
     ids=str,
 )
@@ -77,10 +92,10 @@ def test_every_rank_says_what_one_process_says(workers, name, layout, windows):
     from megayoco.model.inference import InferenceModel
     from megayoco.model.window_options import WindowOptions
 
-    tensor, pipeline = LAYOUTS[layout]
+    tensor, pipeline, sequence = LAYOUTS[layout]
     whole, options = build(name, torch.float64), WindowOptions(**windows)
     expected = answers(InferenceModel.of(whole, windows=options))
-    ranks = workers.run(on_a_rank, name, tensor, pipeline, options, world=tensor * pipeline)
+    ranks = workers.run(on_a_rank, name, *LAYOUTS[layout], options, world=tensor * pipeline * sequence)
     for got in ranks:
         for key in ("logits", "branch", "last", "losses"):
             torch.testing.assert_close(got[key], expected[key], rtol=1e-9, atol=1e-9, msg=key)
@@ -96,6 +111,9 @@ def test_every_rank_says_what_one_process_says(workers, name, layout, windows):
         assert got["replica"][:2] == (0, 1)
     assert [got["replica"][2] for got in ranks] == [True] + [False] * (len(ranks) - 1)
     # the model and its cache are really spread
+    if sequence > 1:  # of the memory a part and the window, and the model if there are other ranks for it
+        assert max(got["cache"] for got in ranks) < 0.9 * expected["cache"]
+        return
     size = sum(p.numel() for p in whole.parameters())
     assert max(got["held"] for got in ranks) < 0.9 * size
     if pipeline == 1 and tensor == 2:

@@ -12,10 +12,11 @@ import torch
 
 from megayoco.convert.export import read_export, write_export
 from megayoco.data.tokenizer import ByteTokenizer
+from megayoco.errors import UserError
 from megayoco.generate import __main__ as command
 from megayoco.generate.generation import generate
 from megayoco.generate.loading import load_weights
-from megayoco.generate.opening import Placement
+from megayoco.generate.opening import Placement, memory_options
 from megayoco.generate.options import parse, placement, sampling
 from megayoco.generate.sampling import GREEDY, Sampling
 from megayoco.model.window_options import WindowOptions
@@ -114,9 +115,10 @@ def test_every_flag_of_the_choice_reaches_it():
 
 def test_where_the_model_goes():
     flags = ["--device", "cpu", "--dtype", "bfloat16", "--tensor", "2", "--pipeline", "3", "--kv-dtype", "fp8"]
+    flags += ["--sequence", "4"]
     there = placement(parse(["--model", "m", "--prompt", "x", *flags, "--local_rank=1"]))
     assert there == Placement(
-        device="cpu", dtype="bfloat16", tensor=2, pipeline=3, storage="fp8", default_eviction=True
+        device="cpu", dtype="bfloat16", tensor=2, pipeline=3, sequence=4, storage="fp8", default_eviction=True
     )
     assert placement(parse(["--model", "m", "--prompt", "x"])) == Placement(default_eviction=True)
 
@@ -210,6 +212,20 @@ def test_several_processes_write_what_one_does(run, main, typed, capsys, workers
     assert (code, out) == (0, capsys.readouterr().out)
     assert ("in the cache" if "--chat" in flags else "prompt 3 tokens") in err
     assert others == (0, "", "")
+
+
+def test_a_memory_that_processes_share_writes_what_one_does(tmp_path, main, capsys, workers):
+    """A prompt of several windows of 5 tokens and of chunks, and a text that goes on over windows."""
+    folder = tmp_path / "e"
+    write_export(folder, MODELS["longllama"], weights(build("longllama")), ByteTokenizer(), facts={})
+    flags = ["--prompt", "abcdefghijklmnopqrstuvwxyz", "--max-new-tokens", "20", "--seed", "4", "--prefill-chunk", "7"]
+    arguments = ["--model", str(folder), "--device", "cpu", *flags, "--sequence", "2"]
+    first, second = workers.run(on_a_rank, arguments, b"", world=2)
+    assert main(*flags, model=folder) == 0
+    assert first[:2] == (0, capsys.readouterr().out)
+    assert second == (0, "", "")
+    with pytest.raises(UserError, match="--sequence is about memory layers, and the model has none"):
+        memory_options(Placement(sequence=2), MODELS["llama"], torch.device("cpu"))
 
 
 def test_processes_that_do_not_fit_are_told_once(run, workers):

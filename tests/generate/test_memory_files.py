@@ -378,6 +378,13 @@ def test_flags_of_the_memory(main, tmp_path, capsys):
             ["--memory-device", "cpu", "--memory-directory", "."],
             "--memory-directory keeps the memory on the CPU already",
         ),
+        (["--sequence", "2"], "--sequence 2 needs as many processes"),
+        (["--sequence", "2", "--memory-top-k", "3"], "--memory-top-k cannot be used with a memory that --sequence"),
+        (["--sequence", "2", "--memory-capacity", "3"], "--memory-capacity cannot be used with a memory that"),
+        (
+            ["--sequence", "2", "--save-memory", "m"],
+            "--save-memory cannot be used with a memory that --sequence shares",
+        ),
         (["--memory", "absent"], "--memory absent is no file. Make it with --save-memory."),
         (["--save-memory", "setup.py"], "--save-memory setup.py exists. Delete it, or give another name."),
         (["--save-memory", "absent/m"], "absent is no folder, so m cannot be written there. Make it first."),

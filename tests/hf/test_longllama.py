@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from megayoco.config import ModelConfig
 from megayoco.convert.llama import names
+from megayoco.hf import modeling_longllama
 from megayoco.hf.cache_longllama import LongLlamaCache
 from megayoco.hf.configuration_longllama import LongLlamaConfig
 from megayoco.hf.modeling_longllama import LongLlamaForCausalLM
@@ -194,6 +195,14 @@ def test_long_additions_to_a_cache(more):
     mask[0, :3] = 0
     _, past = reference.forward(tokens(2, 13), attention_mask=mask[:, :13])
     compare(model, reference, tokens(2, more, seed=2), past=past, attention_mask=mask)
+
+
+@pytest.mark.parametrize("scores", [1, 150])
+def test_memory_is_read_in_blocks(monkeypatch, scores):
+    monkeypatch.setattr(modeling_longllama, "SCORES", scores)
+    model, reference = both()
+    ids, mask = padded((45, 20))
+    compare(model, reference, ids, attention_mask=mask, last_context_length=1)
 
 
 def test_a_cache_of_memory_alone():
