@@ -159,7 +159,7 @@ def add_window_flags(group: Any, default: str) -> None:
         group.add_argument(flag, type=int, metavar="TOKENS", help=text)
 
     add("--memory-eviction", f"oldest tokens that leave a full window of a model with memory layers: {default}")
-    add("--last-context", "in place of it, windows as in LongLLaMA's code: a prompt's last TOKENS are the last one")
+    add("--last-context", "in place of it, LongLLaMA's own way: a prompt's last TOKENS are a window of their own")
     add("--memory-capacity", "memory layers remember the latest so many in front of the window: all unless told")
 
 

@@ -195,14 +195,15 @@ def test_decoding_over_the_overflow_and_appended_turns_as_the_released_code_does
             torch.testing.assert_close(parts, expected, **TOLERANCE)
 
 
-def test_left_padding_as_in_the_released_code():
+@pytest.mark.parametrize("from_mask", [True, False], ids=["positions of the mask", "positions of the columns"])
+def test_left_padding_as_in_the_released_code(from_mask):
     model, oracle = inference(PLAIN_HEADS, last_context=5), reference(PLAIN_HEADS, 5)
     rows = [text(21, 1), text(2, 2), text(9, 3), text(16, 4)]
     tokens, padding = pad_left(model, rows)
     mask = (torch.arange(21) >= torch.tensor(padding)[:, None]).long()
     past, context, fed = None, model.empty_context(4, padding=padding), tokens
     for step in range(9):
-        positions = mask_positions(mask)[:, -fed.shape[1] :]
+        positions = mask_positions(mask)[:, -fed.shape[1] :] if from_mask else None
         expected, past = oracle.forward(fed, mask, positions, past=past)
         got, context = model.advance(fed, context, last_only=False)
         for row in range(4):
