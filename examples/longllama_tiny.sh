@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Proof that memory attention looks things up far beyond its training context, on a machine without GPU: a small LLaMA
-# with one memory layer is trained by cross-batch training (Focused Transformer) on dictionaries of 512 tokens, and the
-# same LLaMA without memory on the same data. Both are then asked for keys in dictionaries of up to 32,768 tokens.
+# Proof that memory attention finds things far beyond its training context, on a machine without GPU: a small LLaMA
+# with one memory layer is trained by cross-batch training (Focused Transformer) to find pass keys in 512 tokens, and
+# the same LLaMA without memory on the same data. Both are then asked in up to 32,768 tokens of filler.
 #
 #     bash examples/longllama_tiny.sh [key=value ...]      overrides of examples/longllama_tiny.yaml for both trainings
 #
 # MEGAYOCO_RUN_DIR  folder of all that is written (default runs/longllama_tiny); data, finished runs and finished parts
-#                   of the evaluations are used again. The curves are memory/curve.png and plain/curve.png in it.
+#                   of the evaluations are used again. The pictures are memory/heatmap.png and plain/heatmap.png in it.
 # MEGAYOCO_VENV, MEGAYOCO_TORCH, MEGAYOCO_PYTHON: see tools/environment.sh.
 set -euo pipefail
 root="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -25,13 +25,20 @@ show() {
     "$@"
 }
 
-data="$work/data/dictionary_text_document"
-if [ ! -e "$data.idx" ]; then
-    show python tools/make_dictionary.py --output "$work/dictionary.jsonl" --documents 20000 --tokens 512 --overwrite
-    # without --append-eod: a document fills a sample, and its halves are windows
-    show python tools/preprocess_data.py --input "$work/dictionary.jsonl" --output-prefix "$work/data/dictionary" \
-        --tokenizer-type ByteTokenizer
-fi
+# prepare NAME INPUT [flags ...]
+prepare() {
+    local name="$work/data/$1" input="$2"
+    shift 2
+    [ -e "${name}_text_document.idx" ] || show python tools/preprocess_data.py --input "$input" --output-prefix "$name" \
+        --tokenizer-type ByteTokenizer "$@"
+}
+for length in 256 512; do
+    [ -e "$work/$length.jsonl" ] ||
+        show python tools/make_passkey.py --output "$work/$length.jsonl" --documents 16000 --characters "$length"
+    prepare "$length" "$work/$length.jsonl" # without --append-eod: a document fills a sample
+done
+[ -e "$work/corpus.jsonl" ] || show python tools/make_corpus.py --output "$work/corpus.jsonl" --max-mb 8
+prepare text "$work/corpus.jsonl" --append-eod
 
 # Two small processes on a CPU, also where there are GPUs; a free port, so that two of these can run side by side.
 export DS_ACCELERATOR=cpu
@@ -45,13 +52,15 @@ train() {
     port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     [ ! -e "$run" ] || overwrite=(--overwrite)
     show deepspeed --quiet --num_gpus 2 --master_port "$port" --module megayoco.train \
-        --config examples/longllama_tiny.yaml --deepspeed_config ds_configs/cpu.json "data.train=$data" \
+        --config examples/longllama_tiny.yaml --deepspeed_config ds_configs/cpu.json \
+        "data.train=[0.6, $work/data/256_text_document, 0.4, $work/data/text_text_document]" \
+        "phases.1.data.train=[0.6, $work/data/512_text_document, 0.4, $work/data/text_text_document]" \
         "output_dir=$run" "$@" ${overwrite[@]+"${overwrite[@]}"}
 }
 train run-memory "$@"
 train run-plain model.memory_layers=[] model.memory_window=null phases.0.cross_batch=null phases.1.cross_batch=null "$@"
 
 for name in memory plain; do
-    show python -m megayoco.evaluate dictionary --model "$work/run-$name" --output "$work/$name" \
-        --lengths 512 1024 2048 4096 8192 16384 32768 --trials 10
+    show python -m megayoco.evaluate passkey --model "$work/run-$name" --output "$work/$name" \
+        --lengths 512 1024 2048 4096 8192 16384 32768 --trials 25
 done

@@ -38,8 +38,12 @@ GROUP = 10
 
 def passkey_text(before: int, after: int, key: int) -> str:
     """The prompt with so many characters of filler before and after the line with the key."""
-    line = f"The pass key is {key}. Remember it. {key} is the pass key."
-    return "\n".join([INSTRUCTION, filler(before), line, filler(after), QUESTION])
+    return "\n".join([INSTRUCTION, filler(before), key_line(key), filler(after), QUESTION])
+
+
+def key_line(key: int) -> str:
+    """The line that says the key."""
+    return f"The pass key is {key}. Remember it. {key} is the pass key."
 
 
 def filler(characters: int) -> str:
