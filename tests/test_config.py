@@ -347,12 +347,30 @@ def test_what_memory_layers_cannot_train_is_refused(run_yaml):
     )
     assert load_config(run_yaml(), memory).row_length(0) is None
     assert "negatives" in refusal(run_yaml(), *memory, "phases.0.cross_batch={range: 3, negatives: far}")
+    assert "negatives neighbour gives windows that range 0 does not see" in refusal(
+        run_yaml(), *memory, "phases.0.cross_batch={range: 0, negatives: neighbour}"
+    )
     assert "phases.0.cross_batch trains memory layers" in refusal(run_yaml(), "phases.0.cross_batch.range=3")
     assert "range" in refusal(run_yaml(), *memory, "phases.0.cross_batch.range=-1")
     documents = refusal(run_yaml(), *memory, "data.document_mask=true")
     assert "data.document_mask hides documents from one another, which model.memory_layers cannot" in documents
     assert "phases.0.data.document_mask hides" in refusal(run_yaml(), *memory, "phases.0.data.document_mask=true")
     load_config(run_yaml(), [*memory, "data.document_mask=true", "phases.0.data.document_mask=false"])
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["split='90,10,0'", "temperature=2.0", "pipeline=linear", "min_document_length=3", "long_document_weight=2.0"],
+)
+def test_what_is_said_of_documents_is_refused_where_examples_are_read(run_yaml, option):
+    tuning = "tuning={sources: [{files: x.jsonl, instructions: {}}]}"
+    name = option.partition("=")[0]
+    assert f"data.{name} is about documents" in refusal(
+        run_yaml(), "data.train=null", f"data.{tuning}", f"data.{option}"
+    )
+    # of the run's documents it says nothing to a phase of examples
+    run = load_config(run_yaml(), [f"data.{option}", f"phases.0.data.{tuning}"])
+    assert run.phase_data(0) == DataConfig(tuning=run.phases[0].data.tuning)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])

@@ -138,8 +138,17 @@ class DataConfig:
             refuse("train", "is required, unless data.tuning gives examples")
         if self.train is not None and self.tuning is not None:
             refuse("tuning", "and train both say what is trained on: give one of them, and null for the other")
-        if self.tuning is not None and self.document_mask:
+        if self.tuning is None:
+            return self
+        if self.document_mask:
             refuse("document_mask", "parts documents, and a sample of tuning is one example: leave it out")
+        for name, default in _OF_DOCUMENTS.items():
+            if getattr(self, name) != default:
+                refuse(
+                    name,
+                    "is about documents, and a sample of tuning is one example: leave it out, or give it to the"
+                    " phases that give train",
+                )
         return self
 
     @property
@@ -171,6 +180,14 @@ class DataConfig:
         if self.min_document_length:
             settings["min_document_length"] = self.min_document_length
         return settings
+
+
+_OF_DOCUMENTS: dict[str, Any] = {
+    field.name: field.default
+    for field in fields(DataConfig)
+    if field.name in ("split", "temperature", "pipeline", "min_document_length", "long_document_weight")
+}
+"""What `train` alone is read by, with the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -220,14 +237,7 @@ class PhaseDataConfig:
             return self
         if self.train is not None:
             refuse("tuning", "and train both say what is trained on: give one of them")
-        for name in (
-            "document_mask",
-            "pipeline",
-            "min_document_length",
-            "long_document_weight",
-            "temperature",
-            "split",
-        ):
+        for name in ("document_mask", *_OF_DOCUMENTS):
             if getattr(self, name):
                 refuse(name, "is about documents, and a sample of tuning is one example: leave it out")
         return self
@@ -238,7 +248,7 @@ class PhaseDataConfig:
         if self.train is not None:
             changes["tuning"] = None
         if self.tuning is not None:
-            changes |= {"train": None, "document_mask": False}
+            changes |= {"train": None, "document_mask": False, **_OF_DOCUMENTS}
         return changes
 
 

@@ -65,7 +65,7 @@ class ModelConfig:
     """Numbers, from 0, of the layers with memory attention (LongLLaMA): a query sees its own window of `memory_window`
     tokens and everything before that window, whose keys carry no position. YOCO: layers of the self-decoder. In the
     LLaMA pattern all other layers then see their own window only. Cannot be combined with `data.document_mask` or
-    bands; `parallel.sequence` needs whole windows on every rank."""
+    bands; `parallel.sequence` needs whole windows on every rank, and no random padding of `data.tuning`."""
 
     memory_window: PositiveInt | None = None
     """Tokens of a window of memory attention; windows follow one another from the first token of a sequence. Required
@@ -141,7 +141,11 @@ class ModelConfig:
     def _check_memory(self) -> None:
         if not self.memory_layers:
             if self.memory_window is not None:
-                refuse("memory_window", "is used only with memory_layers: give them, or leave memory_window out")
+                refuse(
+                    "memory_window",
+                    "is used only with memory_layers: give them, or leave memory_window out (null where init_from has"
+                    " one)",
+                )
             return
         if self.memory_window is None:
             refuse("memory_window", "is required by memory_layers: the tokens of a window")
@@ -157,7 +161,7 @@ class ModelConfig:
                 " have a memory",
             )
         if outside:
-            refuse("memory_layers", f"names layer {outside[0]}, but the layers are 0 to {own - 1}")
+            refuse("memory_layers", f"names layer {outside[0]}, but the layers are 0 to {own - 1}: remove it")
 
     @property
     def head_dim(self) -> int:

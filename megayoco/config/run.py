@@ -68,6 +68,12 @@ class CrossBatchConfig:
     of all of them in one; the first replica has none. What is trained then depends on `micro_batch_size` times the
     number of replicas."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "CrossBatchConfig":
+        if self.range == 0 and self.negatives == "neighbour":
+            refuse("negatives", "neighbour gives windows that range 0 does not see: leave it out, or make range larger")
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class PhaseConfig:

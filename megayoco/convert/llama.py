@@ -160,5 +160,5 @@ def _rope_theta(config: HubConfig) -> float:
             raise UserError(
                 f"{config.where}: {key} scales the rotary embedding ({parameters}); ours has a plain base, rope_theta."
             )
-        theta = float(parameters.get("rope_theta", theta))
+        theta = HubConfig(f"{config.where}, {key}", parameters).number("rope_theta", theta)
     return theta

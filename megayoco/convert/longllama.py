@@ -129,8 +129,8 @@ def with_memory(weights: Weights, layers: Sequence[int], window: int | None) -> 
     """
     if weights.model.pattern != "llama":
         raise UserError(
-            f"memory layers can be added to a LLaMA, not to the weights of a {weights.model.pattern} model. Give"
-            " model.memory_layers and model.init_from in a run instead."
+            f"memory layers can be added to a LLaMA, not to the weights of a {weights.model.pattern} model, which were"
+            " trained for other layers. Train one with model.memory_layers from its seed instead."
         )
     values = model_config_to_dict(weights.model) | {"memory_layers": list(layers), "memory_window": window}
     return weights._replace(model=model_config_from_dict(values, "model"))

@@ -93,7 +93,7 @@ def open_examples(
     def build(to: Path) -> None:
         log.info("making examples of %s", name)
         with _maker(recipe, tokenizer, workers) as make:
-            _write(to, make(read_pieces(files)), name)
+            _write(to, make(read_pieces(files)), name, _who_answers(source))
 
     return open_cached(folder, lambda: _open(folder), build, "4 bytes per token")
 
@@ -101,6 +101,14 @@ def open_examples(
 def source_name(source: TuningSource) -> str:
     """What a source is called in messages: its files."""
     return ", ".join(source.patterns)
+
+
+def _who_answers(source: TuningSource) -> str:
+    """A sentence on whose turns are learned, where there are turns."""
+    if source.chat is None:
+        return ""
+    chat = source.chat
+    return f" Turns of the model are those whose {chat.role_field!r} is {chat.model_role!r} (chat.model_role)."
 
 
 class _maker:
@@ -152,7 +160,8 @@ def _make(piece: Piece) -> tuple[list[np.ndarray], Counts]:
     return recipe.examples(piece, tokenizer)  # type: ignore[no-any-return]
 
 
-def _write(folder: Path, made: Iterable[tuple[list[np.ndarray], Counts]], name: str) -> None:
+def _write(folder: Path, made: Iterable[tuple[list[np.ndarray], Counts]], name: str, remark: str) -> None:
+    """remark: what else to say where nothing is learned."""
     total, lengths = Counts(), []
     hashed = hashlib.sha256()
     with open(folder / "examples.bin", "wb") as file:
@@ -168,7 +177,7 @@ def _write(folder: Path, made: Iterable[tuple[list[np.ndarray], Counts]], name: 
         raise UserError(
             f"data.tuning: none of the {total.records:,} records of {name} gives an example of which anything would be"
             f" learned: filters leave out {total.left_out:,}, and {total.unlabelled:,} have no answer within the limits"
-            " of length. Change files, filters or limits, or make sequence_length longer."
+            f" of length. Change files, filters or limits, or make sequence_length longer.{remark}"
         )
     hashed.update(ends.astype("<i8").tobytes())
     np.save(folder / "ends.npy", ends)

@@ -136,6 +136,11 @@ def conversation_texts(record: dict[str, Any], chat: ChatFields, place: str) -> 
             )
         for rule in chat.replacements:
             text = re.sub(rule.pattern, rule.replacement, text, flags=re.DOTALL)
+        if by_model and not text.strip():
+            raise UserError(
+                f"{at}: nothing of the answer ({chat.text_field!r}) is left by chat.replacements. Correct them, or"
+                " leave such records out by a filter."
+            )
         texts.append((text, by_model))
     return texts
 

@@ -48,14 +48,14 @@ def _texts(value: Any, steps: Sequence[str | int], place: str, so_far: tuple[str
     """The texts that a path leads to."""
     if not steps:
         if not isinstance(value, str):
-            raise UserError(f"{place}: a filter wants text at {_shown(so_far)}, there is {type(value).__name__}.")
+            raise _other_kind(place, "text", so_far, value)
         yield value
         return
     step, rest = steps[0], steps[1:]
     path = (*so_far, step)
     if isinstance(step, int) or step == "*":
         if not isinstance(value, list):
-            raise UserError(f"{place}: a filter wants a list at {_shown(so_far)}, there is {type(value).__name__}.")
+            raise _other_kind(place, "a list", so_far, value)
         if step == "*":
             for element in value:
                 yield from _texts(element, rest, place, path)
@@ -69,6 +69,13 @@ def _texts(value: Any, steps: Sequence[str | int], place: str, so_far: tuple[str
         there = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
         raise UserError(f"{place}: no field {step!r} for the filter of {_shown(path)}, only {there}. Correct its path.")
     yield from _texts(value[step], rest, place, path)
+
+
+def _other_kind(place: str, wanted: str, path: Sequence[str | int], value: Any) -> UserError:
+    return UserError(
+        f"{place}: a filter wants {wanted} at {_shown(path)}, there is {type(value).__name__}. Correct its path, or"
+        " repair the record."
+    )
 
 
 def _shown(path: Sequence[str | int]) -> str:

@@ -65,7 +65,8 @@ def find_files(patterns: Sequence[str]) -> list[Source]:
     try:
         sources = find_inputs(patterns).sources
     except UserError as error:
-        raise UserError(f"data.tuning: {str(error).removeprefix('--input ')}") from error
+        text = str(error).removeprefix("--input ")
+        raise UserError(f"data.tuning: {text}{'' if text.endswith('.') else '. Correct files'}.") from error
     for source in sources:
         if source.format == "text":
             raise UserError(f"data.tuning: {source.path} is plain text, not records. Give JSON lines, or a table.")

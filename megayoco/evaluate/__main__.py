@@ -108,16 +108,18 @@ def evaluate(name: str, given: argparse.Namespace, options: Any) -> dict[str, fl
     from megayoco.evaluate.subject import describe
     from megayoco.evaluate.work import first_rank_does
 
-    if given.overwrite:
-        first_rank_does(lambda: clear(output))
     dtype = str(opened.model.dtype).removeprefix("torch.")
     memory = {flag.strip("-").replace("-", "_"): str(value) for flag, value in opened.model.windows.given().items()}
     subject = describe(
         opened.weights, shlex.join([*PROGRAM.split(), *sys.argv[1:]]), dtype=dtype, kv_dtype=storage or dtype, **memory
     )
+    evaluation = find_evaluation(name)
+    if given.overwrite:  # older results go when nothing is left that could be refused
+        evaluation.check(opened.tokenizer, options, subject.trained_length)
+        first_rank_does(lambda: clear(output))
     progress = ConsoleProgress(name)
     try:
-        return find_evaluation(name).load()(opened.model, opened.tokenizer, options, output, progress, subject)
+        return evaluation.load()(opened.model, opened.tokenizer, options, output, progress, subject)
     finally:
         progress.close()
 

@@ -61,15 +61,7 @@ def dictionary(generator: random.Random, tokens: int, questions: int, shape: Sha
     Raises:
         UserError: a part has no room for a record, or there are more definitions than keys.
     """
-    count = (tokens - questions) // shape.record
-    room = questions // shape.record
-    if count < 1 or room < 1:
-        raise UserError(
-            f"{tokens} tokens with {questions} of questions have no room for definitions and questions of"
-            f" {shape.record} tokens each. Give longer ones."
-        )
-    if 2 * count > len(SYMBOLS) ** shape.key:
-        raise UserError(f"{count:,} definitions need keys of more than {shape.key} symbols")
+    count, room = _records(tokens, questions, shape)
     entries: dict[str, str] = {}
     while len(entries) < min(count, keys or count):
         entries[_symbols(generator, shape.key)] = _symbols(generator, shape.value)
@@ -80,12 +72,33 @@ def dictionary(generator: random.Random, tokens: int, questions: int, shape: Sha
     return definitions.ljust(tokens - questions, PADDING) + asked.ljust(questions, PADDING)
 
 
+def _records(tokens: int, questions: int, shape: Shape) -> tuple[int, int]:
+    """Definitions and questions of a document. Raises UserError as `dictionary` does."""
+    count, room = (tokens - questions) // shape.record, questions // shape.record
+    if count < 1 or room < 1:
+        raise UserError(
+            f"{tokens} tokens with {questions} of questions have no room for definitions and questions of"
+            f" {shape.record} tokens each. Give longer ones."
+        )
+    if 2 * count > len(SYMBOLS) ** shape.key:
+        raise UserError(
+            f"{count:,} definitions need keys of more than {shape.key} symbols. Give longer keys, or shorter lengths."
+        )
+    return count, room
+
+
 def _again(generator: random.Random, keys: list[str], count: int) -> list[str]:
     """So many of them: all in a random order, then in another one, and so on."""
     drawn: list[str] = []
     while len(drawn) < count:
         drawn += generator.sample(keys, min(len(keys), count - len(drawn)))
     return drawn
+
+
+def _pairs() -> str:
+    """Every symbol beside every other, and beside every mark: a rare pair must not end a run in its middle."""
+    pairs = [f"{a}{b}{VALUE}{b}{a}" for a in SYMBOLS for b in SYMBOLS]
+    return "".join(f"{mark}{pair}" for mark in (DEFINITION, QUESTION) for pair in pairs)
 
 
 def _symbols(generator: random.Random, count: int) -> str:
@@ -95,8 +108,11 @@ def _symbols(generator: random.Random, count: int) -> str:
 def check(tokenizer: Tokenizer, options: DictionaryOptions, trained_length: int | None) -> None:
     """Raises the UserError that `run` would."""
     shape = Shape(options.key_tokens, options.value_tokens)
-    for length in _lengths(options, trained_length):
-        _encode(tokenizer, dictionary(random.Random(0), length, options.question_tokens, shape))
+    lengths = _lengths(options, trained_length)
+    for length in lengths:
+        _records(length, options.question_tokens, shape)
+    _encode(tokenizer, _pairs())
+    _encode(tokenizer, dictionary(random.Random(0), lengths[0], options.question_tokens, shape))
 
 
 def run(
@@ -126,7 +142,7 @@ def run(
     """
     shape = Shape(options.key_tokens, options.value_tokens)
     lengths = _lengths(options, subject.trained_length)
-    _encode(tokenizer, dictionary(random.Random(0), lengths[0], options.question_tokens, shape))
+    check(tokenizer, options, subject.trained_length)
 
     def evaluate(keys: Sequence[str]) -> Iterator[Record]:
         for key in keys:

@@ -117,7 +117,7 @@ def phase_label(phases: Sequence[PhaseConfig], number: int) -> str:
 
 
 def phase_notes(run: RunConfig) -> list[str]:
-    """What is allowed but unusual about the lengths and rotary bases of a run, one line each."""
+    """What is allowed but unusual about the lengths, rotary bases and memory of a run, one line each."""
     notes, longest = [], 0
     for number, phase in enumerate(run.phases):
         label, length, theta = phase_label(run.phases, number), phase.sequence_length, run.phase_rope_theta(number)
@@ -137,6 +137,14 @@ def phase_notes(run: RunConfig) -> list[str]:
             notes.append(
                 f"phase {label}: the memory window of {run.model.memory_window:,} tokens covers sequences of"
                 f" {length:,}; memory layers remember nothing in training"
+            )
+        if (
+            phase.cross_batch is not None
+            and phase.cross_batch.negatives == "micro_batch"
+            and phase.micro_batch_size == 1
+        ):
+            notes.append(
+                f"phase {label}: cross_batch finds no other sample in a micro_batch_size of 1; there are no distractors"
             )
         longest = max(longest, length)
     return notes

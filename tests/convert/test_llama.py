@@ -139,6 +139,10 @@ def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path):
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8}}, "rope_parameters scales"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters scales"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling scales"),
+        (
+            {"rope_parameters": {"rope_theta": "1e4"}},
+            'rope_parameters: rope_theta must be a positive number, got "1e4"',
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_attention_heads": 3}, "heads"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive number, got 0"),

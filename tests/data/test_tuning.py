@@ -373,6 +373,18 @@ def test_a_conversation_that_cannot_be_used_is_named(tmp_path, talk, message):
         examples(talks(tmp_path, [talk]))
 
 
+def test_a_conversation_of_which_nothing_is_left_to_learn_is_named(tmp_path):
+    path = lines(tmp_path / "talks.jsonl", [{"conversations": [{"from": "gpt", "value": "As an AI"}]}])
+    fields = ChatFields(replacements=[Replacement(pattern="As an AI", replacement="")])
+    with pytest.raises(
+        UserError, match=r"line 1, turn 1: nothing of the answer .'value'. is left by chat.replacements"
+    ):
+        examples(TuningSource(files=path, chat=fields))
+    lines(tmp_path / "talks.jsonl", [{"conversations": [{"from": "assistant", "value": "a"}]}])
+    with pytest.raises(UserError, match=r"those whose 'from' is 'gpt' .chat\.model_role."):
+        examples(TuningSource(files=path, chat=ChatFields()))
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -103,6 +103,11 @@ def test_overwrite_begins_again_and_deletes_only_its_own(main, haystack, tmp_pat
     (tmp_path / "out" / "mine.txt").unlink()
     assert main("needle", *needle, "--seed", "5", "--overwrite") == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["options"]["seed"] == 5
+    # nor is anything deleted for options that turn out to be wrong behind the model
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert main("dictionary", "--lengths", "64", "--overwrite") == 2
+    assert "have no room for definitions and questions" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     # a folder of something else is left alone
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("kept")

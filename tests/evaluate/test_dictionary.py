@@ -122,6 +122,7 @@ ROW = {"length": 96, "accuracy": 0.0, "symbol_accuracy": 0.0}
         (dict(lengths=[60], question_tokens=56), "60 tokens with 56 of questions have no room"),
         (dict(lengths=[600], question_tokens=7), "600 tokens with 7 of questions have no room"),
         (dict(lengths=[600], question_tokens=64, key_tokens=1), "89 definitions need keys of more than 1 symbols"),
+        (dict(lengths=[96, 600], question_tokens=64, key_tokens=1), "Give longer keys, or shorter lengths."),
         (dict(), "nothing tells the length that the model was trained for. Give --lengths."),
     ],
 )
@@ -136,6 +137,15 @@ def test_a_tokenizer_that_joins_symbols_is_refused(tmp_path):
     write_rank_file(tmp_path / "ranks", ranks, r"\w+|.", {"<|endoftext|>": len(tokens)})
     with pytest.raises(UserError, match="needs one that makes a token of each, such as ByteTokenizer"):
         run(Reader(), TiktokenTokenizer(str(tmp_path / "ranks")), DictionaryOptions(lengths=[512]))
+
+
+def test_a_tokenizer_that_joins_one_rare_pair_is_refused_before_the_first_document(tmp_path):
+    ranks = {token: rank for rank, token in enumerate([*(bytes([i]) for i in range(256)), b"Q7"])}
+    write_rank_file(tmp_path / "ranks", ranks, r"\w+|.", {"<|endoftext|>": len(ranks)})
+    reader = Reader()
+    with pytest.raises(UserError, match="needs one that makes a token of each"):
+        run(reader, TiktokenTokenizer(str(tmp_path / "ranks")), DictionaryOptions(lengths=[32], question_tokens=16))
+    assert reader.questions == 0
 
 
 def test_the_tool_writes_documents_of_training(tmp_path, capsys):

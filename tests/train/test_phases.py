@@ -2,7 +2,7 @@
 
 import pytest
 
-from megayoco.config import DataConfig, ModelConfig, PhaseConfig, PhaseDataConfig, RunConfig
+from megayoco.config import CrossBatchConfig, DataConfig, ModelConfig, PhaseConfig, PhaseDataConfig, RunConfig
 from megayoco.train.phases import Timeline, learning_rate, phase_notes
 
 
@@ -104,3 +104,17 @@ def test_unusual_courses_of_length_and_rotary_base_are_told():
     assert window == ["phase 0: the window of 64 tokens covers sequences of 64"]
     memory = notes((64, None), (128, 5e4), memory_layers=(0,), memory_window=64)
     assert len(memory) == 1 and "phase 0: the memory window of 64 tokens covers sequences of 64" in memory[0]
+
+
+def test_cross_batch_without_other_samples_is_told():
+    def notes(**options):
+        model = dict(dim=32, layers=2, hidden_dim=64, heads=2, vocab_size=64, memory_layers=(0,), memory_window=32)
+        return phase_notes(
+            RunConfig(model=ModelConfig(**model), data=DataConfig(train="x"), phases=[phase(**options)], output_dir="x")
+        )
+
+    alone = dict(sequence_length=64, cross_batch=CrossBatchConfig(range=3))
+    told = ["phase 0: cross_batch finds no other sample in a micro_batch_size of 1; there are no distractors"]
+    assert notes(**alone) == told
+    assert notes(**alone, batch_size=2, micro_batch_size=2) == []
+    assert notes(**alone | {"cross_batch": CrossBatchConfig(range=3, negatives="neighbour")}) == []
