@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megayoco.config import ModelConfig, model_config_from_dict, model_config_to_dict
 from megayoco.convert import llama
 from megayoco.convert.transformers_folder import HubConfig, find_tokenizer, open_hub_weights, write_hub_folder
@@ -39,6 +37,9 @@ _KEPT = (
     "bos_token_id",
     "eos_token_id",
 )
+MEM_DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+"""What the model of our folders can store its memory in."""
+
 _WINDOW = 2048
 """max_position_embeddings where a folder leaves it out, as in the released code."""
 
@@ -182,17 +183,25 @@ def _model(config: HubConfig) -> ModelConfig:
             f"{config.where}: last_context_length is {last}, more than a window, max_position_embeddings {window};"
             " positions would be stretched. Set it to that at most."
         )
-    _check_mem_dtype(config)
+    _check_inference(config)
     if layers:
         values |= {"memory_layers": layers, "memory_window": window}
     return model_config_from_dict(values, config.where)
 
 
-def _check_mem_dtype(config: HubConfig) -> None:
+def _check_inference(config: HubConfig) -> None:
+    """Raises UserError for what would be written on into a folder that does not load."""
     name = config.values.get("mem_dtype", "bfloat16")
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if name not in MEM_DTYPES:
         raise UserError(
-            f"{config.where}: mem_dtype is {name!r}, which stores no floating-point numbers. Set it to bfloat16, or"
-            " another floating-point type of torch."
+            f"{config.where}: mem_dtype is {name!r}, which stores no floating-point numbers of ours. Set it to one of"
+            f" {', '.join(MEM_DTYPES)}."
         )
+    grouping = config.values.get("mem_attention_grouping")
+    numbers = grouping if isinstance(grouping, list) else []
+    if grouping is not None and (len(numbers) != 2 or any(type(n) is not int or n < 1 for n in numbers)):
+        raise UserError(
+            f"{config.where}: mem_attention_grouping is {grouping!r}. Set it to two positive numbers, heads and"
+            " queries, or to null."
+        )
+    config.integer("gradient_checkpoint_every_ith", 1)

@@ -129,6 +129,8 @@ def _prompt(opened: Opened, options: argparse.Namespace, text: str) -> list[int]
     tokens = opened.tokenizer.encode(text)
     if options.memory is not None and not tokens:
         raise UserError("an empty prompt has no token to go on from behind --memory. Give it a character.")
+    if options.save_memory is not None and not tokens:
+        raise UserError("an empty prompt leaves nothing to remember to --save-memory. Give it a text.")
     return tokens or [opened.tokenizer.eod]
 
 

@@ -76,6 +76,8 @@ def _check_memory(options: argparse.Namespace) -> None:
     if unused := [name for name in _CHOICES if getattr(options, name) not in (None, False, [])]:
         flag = unused[0].replace("_", "-")
         raise UserError(f"--{flag} is about new text, and --save-memory writes none. Leave one of them out.")
+    if Path(options.save_memory).is_dir():
+        raise UserError(f"--save-memory {options.save_memory!r} is a folder. Give the name of a file.")
     if Path(options.save_memory).exists():
         raise UserError(f"--save-memory {options.save_memory} exists. Delete it, or give another name.")
 

@@ -91,7 +91,8 @@ class InferenceModel:
             as in training, and everything.
 
     Raises:
-        ValueError: the mixers are built for a sequence axis of several ranks; a memory cannot be shared so.
+        ValueError: the mixers are built for a sequence axis of several ranks; a memory cannot be shared so, or the
+            model has none.
     """
 
     def __init__(
@@ -110,6 +111,8 @@ class InferenceModel:
         self.stage, self.config, self.topology = stage, config, topology
         self.storage = storage
         self.memory, self.windows = memory or MemoryOptions(), windows or WindowOptions()
+        if self.memory != MemoryOptions() and not config.memory_layers:
+            raise ValueError("options of a memory were given, and the model has no memory layers")
         self._rule: WindowRule | None = self.windows.eviction(config)
         if self.memory.shared and (
             topology is None or topology.data > 1 or self.memory.search or self.windows.capacity

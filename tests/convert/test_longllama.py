@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megayoco.convert.formats import read_weights, recognise, write_weights
-from megayoco.convert.longllama import with_memory
+from megayoco.convert.longllama import MEM_DTYPES, with_memory
 from megayoco.data.tokenizer import ByteTokenizer
 from megayoco.data.tokenizer.export import write_for_transformers
 from megayoco.errors import UserError
 from megayoco.hf import LONGLLAMA_CODE_FILES
+from megayoco.hf.configuration_longllama import MEMORY_DTYPES
 from tests.convert.models import LONGLLAMA, PLAIN_LLAMA, assert_same, listing, random_weights
 from tests.longllama_reference import Reference, greedy, random_state_dict
 
@@ -236,6 +237,10 @@ def test_a_tokenizer_beside_the_weights(released):
         ({"mem_layers": "1"}, "mem_layers must be a list of numbers of layers, got '1'"),
         ({"mem_positionals": False}, "mem_positionals is false; our memory layers have rotary positions"),
         ({"mem_dtype": "int8"}, "mem_dtype is 'int8', which stores no floating-point numbers"),
+        ({"mem_dtype": "float8_e8m0fnu"}, "mem_dtype is 'float8_e8m0fnu'"),
+        ({"mem_attention_grouping": "x"}, "mem_attention_grouping is 'x'. Set it to two positive numbers"),
+        ({"mem_attention_grouping": [0, 5]}, "mem_attention_grouping is [0, 5]"),
+        ({"gradient_checkpoint_every_ith": 0}, "gradient_checkpoint_every_ith must be a positive number, got 0"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2 of 4; a LongLLaMA has as many as heads"),
         ({"head_dim": 16}, "head_dim is 16"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling scales"),
@@ -251,6 +256,10 @@ def test_what_cannot_be_read(released, changes, message):
         read_weights(released, "longllama")
     assert message in str(caught.value) and str(released) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_memory_can_be_stored_in_is_what_the_written_model_knows():
+    assert MEM_DTYPES == MEMORY_DTYPES
 
 
 def test_code_in_a_file_of_weights_does_not_run(released, tmp_path):

@@ -324,6 +324,14 @@ def refused(capsys, *parts):
         assert part in err
 
 
+def test_nothing_is_remembered_of_nothing_or_into_a_folder(main, tmp_path, capsys):
+    assert main("--prompt", "x", "--save-memory", str(tmp_path)) == 2
+    refused(capsys, f"--save-memory '{tmp_path}' is a folder. Give the name of a file.")
+    assert main("--prompt", "", "--save-memory", str(tmp_path / "m")) == 2
+    refused(capsys, "an empty prompt leaves nothing to remember to --save-memory. Give it a text.")
+    assert not list(tmp_path.iterdir())
+
+
 def test_errors_of_the_model(main, tmp_path, capsys):
     def check(folder, *parts):
         assert main("--prompt", "x", model=folder) == 2

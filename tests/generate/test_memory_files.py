@@ -152,6 +152,8 @@ def test_a_memory_in_files_and_with_a_search(tmp_path):
     yoco = InferenceModel.of(build("memory"), memory=MemoryOptions(None, Place(torch.device("cpu"), tmp_path)))
     places = [x.place.directory for x in yoco.empty_context().layers if isinstance(x, KeyValueCache)]
     assert places == [tmp_path, None]
+    with pytest.raises(ValueError, match="the model has no memory layers"):
+        InferenceModel.of(build("llama"), memory=FEW)
 
 
 @pytest.fixture(scope="module")
