@@ -37,6 +37,9 @@ for length in 256 512; do
         show python tools/make_passkey.py --output "$work/$length.jsonl" --documents 16000 --characters "$length"
     prepare "$length" "$work/$length.jsonl" # without --append-eod: a document fills a sample
 done
+[ -e "$work/filler.jsonl" ] ||
+    show python tools/make_passkey.py --output "$work/filler.jsonl" --documents 8000 --characters 512 --without-key
+prepare filler "$work/filler.jsonl"
 [ -e "$work/corpus.jsonl" ] || show python tools/make_corpus.py --output "$work/corpus.jsonl" --max-mb 8
 prepare text "$work/corpus.jsonl" --append-eod
 
@@ -45,7 +48,7 @@ export DS_ACCELERATOR=cpu
 
 # train NAME [key=value ...]
 train() {
-    local run="$work/$1"
+    local run="$work/$1" data="$work/data"
     shift
     [ ! -e "$run/export/config.json" ] || return 0
     local port overwrite=()
@@ -53,12 +56,14 @@ train() {
     [ ! -e "$run" ] || overwrite=(--overwrite)
     show deepspeed --quiet --num_gpus 2 --master_port "$port" --module megayoco.train \
         --config examples/longllama_tiny.yaml --deepspeed_config ds_configs/cpu.json \
-        "data.train=[0.6, $work/data/256_text_document, 0.4, $work/data/text_text_document]" \
-        "phases.1.data.train=[0.6, $work/data/512_text_document, 0.4, $work/data/text_text_document]" \
+        "data.train=[0.6, $data/256_text_document, 0.4, $data/text_text_document]" \
+        "phases.1.data.train=[0.6, $data/512_text_document, 0.4, $data/text_text_document]" \
+        "phases.2.data.train=[0.3, $data/512_text_document, 0.4, $data/filler_text_document, 0.3, $data/text_text_document]" \
         "output_dir=$run" "$@" ${overwrite[@]+"${overwrite[@]}"}
 }
 train run-memory "$@"
-train run-plain model.memory_layers=[] model.memory_window=null phases.0.cross_batch=null phases.1.cross_batch=null "$@"
+train run-plain model.memory_layers=[] model.memory_window=null \
+    phases.0.cross_batch=null phases.1.cross_batch=null phases.2.cross_batch=null "$@"
 
 for name in memory plain; do
     show python -m megayoco.evaluate passkey --model "$work/run-$name" --output "$work/$name" \

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     add("--documents", type=positive_int, required=True, metavar="N", help="how many documents")
     add("--characters", type=positive_int, required=True, metavar="N", help="characters of each")
     add("--longest-filler", type=positive_int, default=90, metavar="N", help="characters between two lines (90)")
+    add("--without-key", action="store_true", help="filler alone: what a memory is to pass over")
     add("--seed", type=int, default=1234, metavar="N", help="number that all choices follow from (1234)")
     add("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(dashed(arguments))
@@ -47,13 +48,13 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"{output} is a folder. Name a file for --output.")
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists. Choose another --output, or give --overwrite to replace it.")
-    generator = random.Random(args.seed)
+    generator, make = random.Random(args.seed), make_filler if args.without_key else make_document
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for _ in range(args.documents):
-                text = make_document(generator, args.characters, args.longest_filler)
+                text = make(generator, args.characters, args.longest_filler)
                 file.write(json.dumps({"text": text}) + "\n")
         os.replace(temporary, output)
     except OSError as error:
@@ -90,6 +91,14 @@ def make_document(generator: random.Random, characters: int, longest_filler: int
     if room:
         parts.insert(at, f"{filler(room - 1)}\n")
     return "".join(parts) + last
+
+
+def make_filler(generator: random.Random, characters: int, longest_filler: int) -> str:
+    """Lines of filler, half of them as long as the evaluation's."""
+    text = ""
+    while len(text) < characters:
+        text += f"{filler(generator.choice((characters, generator.randint(1, longest_filler))))}\n"
+    return text[:characters]
 
 
 if __name__ == "__main__":

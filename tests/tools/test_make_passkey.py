@@ -30,6 +30,12 @@ def test_documents_state_one_key_before_they_ask_for_it(tmp_path, characters):
     assert made(tmp_path / "again.jsonl", "--characters", characters, "--longest-filler", 200) == texts
 
 
+def test_filler_alone_has_no_key(tmp_path):
+    texts = made(tmp_path / "filler.jsonl", "--characters", 300, "--without-key")
+    assert {len(text) for text in texts} == {300} and len(set(texts)) > 20
+    assert all("The grass" in text and "key" not in text for text in texts)
+
+
 def test_mistakes_are_told_and_nothing_is_lost(tmp_path, capsys):
     output = tmp_path / "passkey.jsonl"
     texts = made(output, "--characters", 200)
