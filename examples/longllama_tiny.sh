@@ -10,20 +10,9 @@
 # MEGAYOCO_VENV, MEGAYOCO_TORCH, MEGAYOCO_PYTHON: see tools/environment.sh.
 set -euo pipefail
 root="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-work="${MEGAYOCO_RUN_DIR:-runs/longllama_tiny}"
-case "$work" in /*) ;; *) work="$(if [ -n "${MEGAYOCO_RUN_DIR:-}" ]; then pwd -P; else echo "$root"; fi)/$work" ;; esac
-# shellcheck source=tools/environment.sh
-source "$root/tools/environment.sh"
-megayoco_environment ""
-cd "$root"
-mkdir -p "$work/data"
-
-show() {
-    printf '\n$'
-    printf ' %q' "$@"
-    printf '\n'
-    "$@"
-}
+# shellcheck source=examples/workspace.sh
+source "$root/examples/workspace.sh"
+workspace runs/longllama_tiny
 
 # prepare NAME INPUT [flags ...]
 prepare() {
@@ -43,16 +32,13 @@ prepare filler "$work/filler.jsonl"
 [ -e "$work/corpus.jsonl" ] || show python tools/make_corpus.py --output "$work/corpus.jsonl" --max-mb 8
 prepare text "$work/corpus.jsonl" --append-eod
 
-# Two small processes on a CPU, also where there are GPUs; a free port, so that two of these can run side by side.
-export DS_ACCELERATOR=cpu
-
 # train NAME [key=value ...]
 train() {
     local run="$work/$1" data="$work/data"
     shift
     [ ! -e "$run/export/config.json" ] || return 0
     local port overwrite=()
-    port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+    port="$(free_port)"
     [ ! -e "$run" ] || overwrite=(--overwrite)
     show deepspeed --quiet --num_gpus 2 --master_port "$port" --module megayoco.train \
         --config examples/longllama_tiny.yaml --deepspeed_config ds_configs/cpu.json \

@@ -10,20 +10,9 @@
 # MEGAYOCO_VENV, MEGAYOCO_TORCH, MEGAYOCO_PYTHON: see tools/environment.sh.
 set -euo pipefail
 root="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-work="${MEGAYOCO_RUN_DIR:-runs/needle_tiny}"
-case "$work" in /*) ;; *) work="$(if [ -n "${MEGAYOCO_RUN_DIR:-}" ]; then pwd -P; else echo "$root"; fi)/$work" ;; esac
-# shellcheck source=tools/environment.sh
-source "$root/tools/environment.sh"
-megayoco_environment ""
-cd "$root"
-mkdir -p "$work/data"
-
-show() {
-    printf '\n$'
-    printf ' %q' "$@"
-    printf '\n'
-    "$@"
-}
+# shellcheck source=examples/workspace.sh
+source "$root/examples/workspace.sh"
+workspace runs/needle_tiny
 
 # The corpus is mixed: its last documents are the haystack, the others fill the training documents.
 corpus="$work/corpus.jsonl" filler="$work/filler.jsonl" haystack="$work/haystack.jsonl" ranks="$work/ranks.tiktoken"
@@ -52,11 +41,9 @@ prepare 512 3600 12 0 0.8
 prepare 2048 520 24 0.3 0.95
 prepare 8192 240 48 0.4 0.98
 
-# Two small processes on a CPU, also where there are GPUs; a free port, so that two of these can run side by side.
-export DS_ACCELERATOR=cpu
 run="$work/run"
 if [ ! -e "$run/export/config.json" ]; then
-    port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+    port="$(free_port)"
     phases=() number=0
     for length in 256 512 2048 8192; do
         phases+=("phases.$number.data.train=$work/data/${length}_text_document") number=$((number + 1))

@@ -9,20 +9,9 @@
 # MEGAYOCO_VENV, MEGAYOCO_TORCH, MEGAYOCO_PYTHON: see tools/environment.sh.
 set -euo pipefail
 root="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-work="${MEGAYOCO_RUN_DIR:-runs/quickstart}"
-case "$work" in /*) ;; *) work="$(if [ -n "${MEGAYOCO_RUN_DIR:-}" ]; then pwd -P; else echo "$root"; fi)/$work" ;; esac
-# shellcheck source=tools/environment.sh
-source "$root/tools/environment.sh"
-megayoco_environment ""
-cd "$root"
-mkdir -p "$work/data"
-
-show() {
-    printf '\n$'
-    printf ' %q' "$@"
-    printf '\n'
-    "$@"
-}
+# shellcheck source=examples/workspace.sh
+source "$root/examples/workspace.sh"
+workspace runs/quickstart
 
 ranks="$work/ranks.tiktoken" corpus="$work/corpus.jsonl" data="$work/data/corpus" run="$work/run"
 [ -e "$corpus" ] || show python tools/make_corpus.py --output "$corpus" --max-mb 8
@@ -31,9 +20,7 @@ ranks="$work/ranks.tiktoken" corpus="$work/corpus.jsonl" data="$work/data/corpus
     show python tools/preprocess_data.py --input "$corpus" --output-prefix "$data" \
         --tokenizer-type TiktokenTokenizer --tokenizer-model "$ranks" --append-eod --workers 2
 
-# Four small processes on a CPU, also where there are GPUs; a free port, so that two quickstarts can run side by side.
-export DS_ACCELERATOR=cpu
-port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+port="$(free_port)"
 train=(deepspeed --quiet --num_gpus 4 --master_port "$port" --module megayoco.train --config examples/quickstart.yaml
     --deepspeed_config ds_configs/cpu.json parallel.tensor=2 parallel.pipeline=2
     "data.train=${data}_text_document" "output_dir=$run" "$@")

@@ -1,4 +1,4 @@
-# Sourced by examples/quickstart.sh, tests/run.sh and .ci/run: `megayoco_environment [EXTRA]` puts a Python environment
+# Sourced by the scripts of examples/, tests/run.sh and .ci/run: `megayoco_environment [EXTRA]` puts a Python environment
 # that holds MegaYOCO, its dependencies and those of the extra first on PATH.
 #
 # MEGAYOCO_VENV    folder of the environment. Unset: the active virtual environment, else .venv at the repository root.

@@ -152,10 +152,11 @@ def test_every_requirement_has_one_tested_version(python: str) -> None:
         assert pinned.operator == "==" and wanted.specifier.contains(pinned.version), line
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["examples/quickstart.sh", "examples/pretrain_yoco_3b.sh", "tests/run.sh", ".ci/run", "tools/environment.sh"],
-)
+SOURCED = ("tools/environment.sh", "examples/workspace.sh")
+EXAMPLES = sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.sh") if path.name != "workspace.sh")
+
+
+@pytest.mark.parametrize("script", [*EXAMPLES, "tests/run.sh", ".ci/run", *SOURCED])
 def test_shell_scripts_parse_and_those_to_run_are_executable(script: str) -> None:
     subprocess.run(["bash", "-n", ROOT / script], check=True)
-    assert os.access(ROOT / script, os.X_OK) == (script != "tools/environment.sh")
+    assert os.access(ROOT / script, os.X_OK) == (script not in SOURCED)
